@@ -1,0 +1,33 @@
+"""Latent Thought Models for Hugging Face transformers."""
+
+from importlib.metadata import version
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_ltm import LTMConfig
+from .modeling_ltm import LTMForCausalLM, LTMModel
+from .posterior_ltm import ELBO, LatentPosterior, elbo, infer_posterior, sample_prior
+from .presets import PRESETS, preset_config
+
+__version__ = version("ltm_hf")
+
+# Installed: the Auto classes know "ltm". Saved: the code travels with the checkpoint (trust_remote_code=True).
+AutoConfig.register("ltm", LTMConfig, exist_ok=True)
+AutoModel.register(LTMConfig, LTMModel, exist_ok=True)
+AutoModelForCausalLM.register(LTMConfig, LTMForCausalLM, exist_ok=True)
+LTMConfig.register_for_auto_class()
+LTMModel.register_for_auto_class("AutoModel")
+LTMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = [
+    "ELBO",
+    "PRESETS",
+    "LTMConfig",
+    "LTMForCausalLM",
+    "LTMModel",
+    "LatentPosterior",
+    "elbo",
+    "infer_posterior",
+    "preset_config",
+    "sample_prior",
+]

@@ -1,0 +1,200 @@
+"""Configuration of a Latent Thought Model. Travels to the Hub with every checkpoint."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How the fast loop runs. Each field is a field of `LTMConfig`, described there.
+
+    Raises ValueError, naming the setting, for a value that cannot work.
+    """
+
+    num_inference_steps: int
+    inference_optimizer: str
+    inference_learning_rate: float
+    inference_lr_schedule: str
+    inference_weight_decay: float
+    inference_precision: str
+    inference_noise: str
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "inference_optimizer": ("natural", "adamw"),
+        "inference_lr_schedule": ("constant", "cosine", "inverse"),
+        "inference_precision": ("stein", "unit"),
+        "inference_noise": ("fresh", "fixed"),
+    }
+
+    @classmethod
+    def of(cls, config, **overrides) -> "InferenceSettings":
+        """The settings of `config` (anything with these attributes), with the overrides that are not None."""
+        settings = {field.name: getattr(config, field.name) for field in fields(cls)}
+        return cls(**settings | {name: value for name, value in overrides.items() if value is not None})
+
+    def __post_init__(self):
+        steps = self.num_inference_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"num_inference_steps must be an integer of 0 or more, got {steps!r}.")
+        rate, decay = self.inference_learning_rate, self.inference_weight_decay
+        if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0):
+            raise ValueError(f"inference_learning_rate must be positive and finite, got {rate!r}.")
+        if not (isinstance(decay, (int, float)) and math.isfinite(decay) and decay >= 0):
+            raise ValueError(f"inference_weight_decay must be 0 or more and finite, got {decay!r}.")
+        for name, allowed in self.CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+
+
+@strict
+class LTMConfig(PreTrainedConfig):
+    r"""Everything that defines a Latent Thought Model and how it thinks by default.
+
+    Decoder (paper section 3, "Decoder"):
+        vocab_size: entries of the vocabulary; the paper's is GPT-2's 50,257 and a begin-of-text token.
+        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
+        hidden_act, rms_norm_eps, initializer_range, attention_dropout, rope_parameters, tie_word_embeddings:
+            as in Llama and Mistral. `num_key_value_heads=None` means one for each attention head.
+        max_position_embeddings: tokens of a sequence (the paper's 1,024).
+        sliding_window: tokens a token can attend to, itself included; `None` is full attention.
+
+    Latents:
+        num_latents: the TOTAL number of latent vectors (the paper's N_z), a multiple of `num_hidden_layers`; layer l
+            owns `latents_per_layer` of them, each of width `hidden_size`. 0 builds the autoregressive baseline
+            without cross-attention.
+        latent_position_stride: distance between the rotary positions of a layer's latents; default
+            `max_position_embeddings // num_latents`, as in the paper.
+        cross_attention_gate_init: start value of a learned gate for each channel of the cross-attention's output;
+            `None` is the paper's layer, which has no gate.
+
+    Inference (paper Algorithm 1, fast loop). Defaults of `infer_posterior` and `generate`; each call can override them:
+        num_inference_steps: gradient steps on the ELBO (T_fast); 0 leaves the posterior at its start.
+        inference_optimizer: "natural" (natural gradient from the prior) or "adamw" (the paper).
+        inference_learning_rate: step size: ρ for "natural", η_fast for "adamw".
+        inference_lr_schedule: "constant"; "cosine" (to a tenth); "inverse" (ρ / (1 + ρ t)).
+        inference_weight_decay: of "adamw" on mean and log-variance.
+        inference_precision: "stein" updates the precision of "natural" by the Stein estimate; "unit" holds it at 1.
+        inference_noise: "fresh" draws new noise each step (Algorithm 1); "fixed" one for the loop (released code).
+        initial_mean_std, initial_log_variance, initial_log_variance_std: where "adamw" starts.
+
+    Raises ValueError for values that do not fit together. Wrong types raise at construction and on assignment.
+    """
+
+    model_type = "ltm"
+    keys_to_ignore_at_inference = ["past_key_values", "latents"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.cross_attn.q_proj": "colwise",
+        "layers.*.cross_attn.k_proj": "colwise",
+        "layers.*.cross_attn.v_proj": "colwise",
+        "layers.*.cross_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 50258
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1024
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 50257
+    eos_token_id: int | list[int] | None = 50256
+    tie_word_embeddings: bool = True
+    rope_parameters: dict | None = None
+    sliding_window: int | None = 256
+    attention_dropout: float | int = 0.0
+
+    num_latents: int = 24
+    latent_position_stride: int | None = None
+    cross_attention_gate_init: float | int | None = 0.1
+
+    num_inference_steps: int = 2
+    inference_optimizer: str = "natural"
+    inference_learning_rate: float | int = 0.5
+    inference_lr_schedule: str = "inverse"
+    inference_weight_decay: float | int = 0.01
+    inference_precision: str = "stein"
+    inference_noise: str = "fresh"
+    initial_mean_std: float | int = 0.01
+    initial_log_variance: float | int = -5.0
+    initial_log_variance_std: float | int = 0.1
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "max_position_embeddings"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})."
+            )
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size ({self.hidden_size}) must be a multiple of "
+                    f"num_attention_heads ({self.num_attention_heads}), or head_dim must be given."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"sliding_window must be 1 or more, or None for full attention, got {self.sliding_window}."
+            )
+        if self.num_latents < 0 or self.num_latents % self.num_hidden_layers:
+            raise ValueError(
+                f"num_latents ({self.num_latents}) must be 0 or a multiple of num_hidden_layers "
+                f"({self.num_hidden_layers}): it counts the latents of all layers together."
+            )
+        if self.num_latents and self.latent_position_stride is None:
+            self.latent_position_stride = max(1, self.max_position_embeddings // self.num_latents)
+        InferenceSettings.of(self)  # raises where a setting cannot work
+        # Caches and masks are derived from these.
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+        kwargs.setdefault("layer_types", [kind] * self.num_hidden_layers)
+        # Saving a model maps only the saved class; a checkpoint should load through all three Auto classes.
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "configuration_ltm.LTMConfig",
+                "AutoModel": "modeling_ltm.LTMModel",
+                "AutoModelForCausalLM": "modeling_ltm.LTMForCausalLM",
+            },
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def latents_per_layer(self) -> int:
+        return self.num_latents // self.num_hidden_layers
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(layers, latents a layer, hidden): the shape of one sequence's latents."""
+        return (self.num_hidden_layers, self.latents_per_layer, self.hidden_size)
+
+
+__all__ = ["InferenceSettings", "LTMConfig"]

@@ -1,0 +1,160 @@
+"""Checkpoints of the authors' released code to `LTMForCausalLM`.
+
+python -m ltm_hf.conversion.original WEIGHTS PARAMS_JSON OUTPUT_FOLDER
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..configuration_ltm import LTMConfig
+from ..modeling_ltm import LTMForCausalLM
+
+_TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+_ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
+_FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_LAYER = {
+    "attention_norm": "input_layernorm",
+    "cross_attention_norm": "cross_attention_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    **{f"attention.{old}": f"self_attn.{new}" for old, new in _ATTENTION.items()},
+    **{f"cross_attention.{old}": f"cross_attn.{new}" for old, new in _ATTENTION.items()},
+    **{f"feed_forward.{old}": f"mlp.{new}" for old, new in _FEED_FORWARD.items()},
+    **{f"feed_forward.{new}": f"mlp.{new}" for new in _FEED_FORWARD.values()},
+}
+
+
+def converted_name(name: str) -> str | None:
+    """The name in `LTMForCausalLM` of a released checkpoint's tensor; None if there is none."""
+    stem = name.replace("_orig_mod.", "").removesuffix(".weight")
+    if stem in _TOP:
+        return f"{_TOP[stem]}.weight"
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", stem)
+    if match and match[2] in _LAYER:
+        return f"model.layers.{match[1]}.{_LAYER[match[2]]}.weight"
+    return None
+
+
+def _halves_from_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Reorder a query's or key's rows: released code rotates channels (2i, 2i+1), transformers (i, i + d/2)."""
+    return weight.view(-1, head_dim // 2, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def convert_config(params: dict, intermediate_size: int, tie_word_embeddings: bool = True) -> LTMConfig:
+    """The configuration of a released checkpoint's hyper-parameters, with the released code's inference settings."""
+    if not params.get("use_z_pos_emb", True):
+        raise ValueError("use_z_pos_emb=false: latents without rotary positions are not supported.")
+    try:
+        return LTMConfig(
+            vocab_size=params["vocab_size"],
+            hidden_size=params["dim"],
+            intermediate_size=intermediate_size,
+            num_hidden_layers=params["n_layers"],
+            num_attention_heads=params["n_heads"],
+            num_key_value_heads=params.get("n_kv_heads"),
+            max_position_embeddings=params["max_seq_len"],
+            sliding_window=params["window_size"],
+            num_latents=params["max_z_len"],
+            rms_norm_eps=params.get("norm_eps", 1e-5),
+            rope_theta=params.get("rope_theta", 10000.0),
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=params["vocab_size"] - 1,
+            eos_token_id=params["vocab_size"] - 2,
+            cross_attention_gate_init=None,
+            num_inference_steps=params.get("num_steps", 16),
+            inference_optimizer="adamw",
+            inference_learning_rate=params.get("fast_lr", 0.3),
+            inference_lr_schedule="cosine",
+            inference_noise="fixed",
+        )
+    except KeyError as missing:
+        raise ValueError(f"The hyper-parameters lack {missing}.") from None
+
+
+def convert_state_dict(weights: dict[str, torch.Tensor], config: LTMConfig) -> dict[str, torch.Tensor]:
+    """Names and row order of `LTMForCausalLM`. Raises ValueError for a tensor that has no place there."""
+    converted, left_over = {}, []
+    for name, tensor in weights.items():
+        new_name = converted_name(name)
+        if new_name is None:
+            left_over.append(name)
+            continue
+        if new_name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = _halves_from_pairs(tensor, config.head_dim)
+        converted[new_name] = tensor
+    if left_over:
+        raise ValueError(f"The checkpoint has tensors without a place in the model: {', '.join(sorted(left_over))}.")
+    return converted
+
+
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """A `.safetensors` file, or a `.pt` of tensors alone (`weights_only=True`), bare or under the key "model"."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix not in (".pt", ".pth", ".bin"):
+        raise ValueError(f"{path.name} is neither .safetensors nor .pt.")
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    return weights.get("model", weights)
+
+
+def convert(weights_path: str | Path, params_path: str | Path) -> LTMForCausalLM:
+    """The released checkpoint as a float32 `LTMForCausalLM`.
+
+    Raises ValueError for missing, left-over or misshapen tensors, FileNotFoundError for missing files.
+    """
+    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in load_weights(weights_path).items()}
+    if not Path(params_path).is_file():
+        raise FileNotFoundError(f"There is no file {params_path}.")
+    params = json.loads(Path(params_path).read_text())
+
+    # The two are one tensor in the released code; files without duplicates keep only one of them.
+    embedding, output = weights.get("tok_embeddings.weight"), weights.get("output.weight")
+    tied = embedding is None or output is None or torch.equal(embedding, output)
+    if tied and (embedding is None) != (output is None):
+        weights["tok_embeddings.weight"] = weights["output.weight"] = output if embedding is None else embedding
+
+    up_names = ("feed_forward.w3.weight", "feed_forward.up_proj.weight")
+    up_proj = next((tensor for name, tensor in weights.items() if name.endswith(up_names)), None)
+    if up_proj is None:
+        raise ValueError("The checkpoint lacks the feed-forward weights (feed_forward.w3 or feed_forward.up_proj).")
+    config = convert_config(params, intermediate_size=up_proj.shape[0], tie_word_embeddings=tied)
+    converted = convert_state_dict(weights, config)
+
+    model = LTMForCausalLM(config).float()
+    expected = model.state_dict()
+    if missing := sorted(set(expected) - set(converted)):
+        raise ValueError(f"The checkpoint lacks tensors: {', '.join(missing)}.")
+    if left_over := sorted(set(converted) - set(expected)):
+        raise ValueError(f"The checkpoint has tensors without a place in the model: {', '.join(left_over)}.")
+    for name, tensor in converted.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{name} should be {tuple(expected[name].shape)}, the checkpoint's is {tuple(tensor.shape)}."
+            )
+    model.load_state_dict(converted)
+    return model
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Convert a checkpoint of the authors' released code.")
+    parser.add_argument("weights", help="a .safetensors or .pt file")
+    parser.add_argument("params", help="a JSON file of hyper-parameters (dim, n_layers, window_size, max_z_len, …)")
+    parser.add_argument("output", help="folder for the converted checkpoint")
+    options = parser.parse_args(arguments)
+    try:
+        model = convert(options.weights, options.params)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    model.save_pretrained(options.output)
+    print(f"{model.num_parameters():,} parameters written to {options.output}")
+
+
+if __name__ == "__main__":
+    main()

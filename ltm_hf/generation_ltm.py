@@ -1,0 +1,97 @@
+"""Generation: infer the posterior of the prompt once, then let transformers write.
+
+The latents become keys and values before anything expands for beams or `num_return_sequences`, and travel as one
+tensor among the model's keyword arguments, so that every decoding method and cache of `GenerationMixin` works.
+"""
+
+from dataclasses import fields
+
+import torch
+from transformers.generation import GenerationMixin
+
+from .configuration_ltm import InferenceSettings
+from .posterior_ltm import check_sequences, infer_posterior
+
+# What generate() takes, and generation_config.json keeps, beside transformers' own. None: as in the model's config.
+_SETTINGS = (*(field.name for field in fields(InferenceSettings)), "inference_seed", "sample_latents")
+
+
+class LTMGenerationMixin(GenerationMixin):
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, *args, latents=None, **kwargs):
+        """Infer latents from the prompt, then generate as any causal LM of transformers.
+
+        latents: (B, L, N, D), to skip inference: `generate(latents=model.sample_prior(n))` writes n texts without a
+            prompt, from the begin-of-text token.
+        num_inference_steps, inference_optimizer, inference_learning_rate, …: as in `LTMConfig`, for this call. As
+            everything that `GenerationConfig` holds, they can be set there and are saved with it.
+        inference_seed: keys the noise of inference, default 0: two calls infer the same posterior.
+        sample_latents: read a sample of the posterior (True) or its mean (False, the better predictor). Default:
+            `do_sample`, so that greedy and beam search are deterministic, and a prompt with nothing to infer from
+            gets a sample of the prior when sampling. The sample follows torch's global generator.
+
+        Raises ValueError for bad input before any computation, and for `inputs_embeds` without token ids.
+        """
+        settings = self._pop_inference_settings(generation_config, kwargs)
+        if not self.config.num_latents:
+            if latents is not None:
+                raise ValueError("This model was built with num_latents=0 and takes no latents.")
+            return super().generate(inputs, generation_config, *args, **kwargs)
+
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if input_ids is None:
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError("Latents are inferred from token ids: pass input_ids (inputs_embeds alone has none).")
+            rows = 1 if latents is None else len(latents)
+            bos = self._setting(generation_config, kwargs, "bos_token_id")
+            if bos is None:
+                raise ValueError("Generation without a prompt needs a bos_token_id.")
+            input_ids = torch.full((rows, 1), bos, dtype=torch.long, device=self.device)
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = self._padding_mask(input_ids, generation_config, kwargs)
+        check_sequences(self, input_ids, attention_mask)
+
+        if kwargs.get("latent_key_values") is None:
+            if latents is None:
+                sample = settings.pop("sample_latents")
+                posterior = infer_posterior(self, input_ids, attention_mask, **settings)
+                latents = posterior.sample() if sample else posterior.mean
+            elif len(latents) != len(input_ids):
+                raise ValueError(f"There are latents for {len(latents)} sequences and prompts for {len(input_ids)}.")
+            kwargs["latent_key_values"] = self.project_latents(latents)
+        return super().generate(input_ids, generation_config, *args, **kwargs)
+
+    def _setting(self, generation_config, kwargs, name):
+        """A setting of this call: the keyword, else the given generation config's, else the model's own."""
+        for value in (kwargs.get(name), getattr(generation_config, name, None)):
+            if value is not None:
+                return value
+        return getattr(self.generation_config, name, None)
+
+    def _pop_inference_settings(self, generation_config, kwargs) -> dict:
+        """The arguments of `infer_posterior` for this call, and `sample_latents`; taken out of `kwargs`."""
+        settings = {name: self._setting(generation_config, kwargs, name) for name in _SETTINGS}
+        for name in _SETTINGS:
+            kwargs.pop(name, None)
+        if settings["sample_latents"] is None:
+            settings["sample_latents"] = bool(self._setting(generation_config, kwargs, "do_sample"))
+        settings["noise"] = settings.pop("inference_noise")
+        settings["seed"] = settings.pop("inference_seed")
+        return settings
+
+    def _padding_mask(self, input_ids, generation_config, kwargs) -> torch.Tensor:
+        """The mask that transformers would make: padding is told by its token where that is not the end of text."""
+        pad, eos = (self._setting(generation_config, kwargs, name) for name in ("pad_token_id", "eos_token_id"))
+        if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
+            return torch.ones_like(input_ids)
+        return (input_ids != pad).long()
+
+    # A generation config made from the model's would drop fields that transformers does not know when it is reloaded.
+    def _set_inference_defaults(self):
+        self.generation_config._from_model_config = False
+        self.generation_config.update(**dict.fromkeys(_SETTINGS), defaults_only=True, allow_custom_entries=True)
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        super().adjust_generation_fn(*args, **kwargs)
+        self._set_inference_defaults()

@@ -1,0 +1,383 @@
+"""The decoder p(x|z): a causal Transformer with a short attention window that reads latents in every layer.
+
+Shapes: B batch, S tokens, L layers, N latents a layer, D hidden, H attention heads, K key-value heads, d head.
+
+The building blocks are Mistral's. Differences: each layer has a cross-attention to its own latents between
+self-attention and feed-forward (paper section 3), and a learned gate on that cross-attention's output.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.mistral.modeling_mistral import (
+    MistralAttention,
+    MistralMLP,
+    MistralRMSNorm,
+    MistralRotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_ltm import LTMConfig
+from .generation_ltm import LTMGenerationMixin
+from .posterior_ltm import elbo, infer_posterior, sample_prior
+
+
+@dataclass
+class LTMCausalLMOutputWithPast(CausalLMOutputWithCrossAttentions):
+    """transformers' causal LM output and `latents`, the (B, L, N, D) latents that the decoder read, if any."""
+
+    latents: torch.FloatTensor | None = None
+
+
+def apply_rotary(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotate (B, heads, positions, d) states. In cross-attention, queries and keys have positions of their own."""
+    cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+    return states * cos + rotate_half(states) * sin
+
+
+class LTMCrossAttention(nn.Module):
+    """Tokens ask, the layer's latents answer. Queries rotate at their token's position, latent keys at 0, s, 2s, …"""
+
+    def __init__(self, config: LTMConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def project_latents(
+        self, latents: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """(B, N, D) latents to (B, 2, K, N, d): rotated keys, then values."""
+        latents = latents.to(self.k_proj.weight.dtype)
+        heads = (*latents.shape[:-1], -1, self.head_dim)
+        keys = apply_rotary(self.k_proj(latents).view(heads).transpose(1, 2), position_embeddings)
+        values = self.v_proj(latents).view(heads).transpose(1, 2)
+        return torch.stack((keys, values), dim=1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        latent_key_values: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        queries = apply_rotary(self.q_proj(hidden_states).view(heads).transpose(1, 2), position_embeddings)
+        keys, values = latent_key_values.to(queries.dtype).unbind(dim=1)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            queries,
+            keys,
+            values,
+            None,
+            scaling=self.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            is_causal=False,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class LTMGate(nn.Module):
+    """A learned factor for each channel. A module of its own, so that offloading moves the parameter."""
+
+    def __init__(self, hidden_size: int, start: float):
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.full((hidden_size,), float(start)))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.weight * hidden_states
+
+
+class LTMDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LTMConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = MistralAttention(config, layer_idx)
+        self.mlp = MistralMLP(config)
+        self.input_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if config.num_latents:
+            self.cross_attn = LTMCrossAttention(config)
+            self.cross_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            if config.cross_attention_gate_init is None:
+                self.cross_attention_gate = nn.Identity()
+            else:
+                self.cross_attention_gate = LTMGate(config.hidden_size, config.cross_attention_gate_init)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        latents: torch.Tensor | None,
+        latent_key_values: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        latent_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+
+        if latents is not None:
+            latent_key_values = self.cross_attn.project_latents(latents, latent_position_embeddings)
+        if latent_key_values is not None:
+            thought, _ = self.cross_attn(
+                self.cross_attention_layernorm(hidden_states), latent_key_values, position_embeddings
+            )
+            hidden_states = hidden_states + self.cross_attention_gate(thought)
+
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class LTMPreTrainedModel(PreTrainedModel):
+    config: LTMConfig
+    config_class = LTMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LTMDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": LTMDecoderLayer,
+        "attentions": MistralAttention,
+        "cross_attentions": LTMCrossAttention,
+    }
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, LTMGate):
+            init.constant_(module.weight, module.start)
+        elif isinstance(module, (MistralAttention, LTMCrossAttention)):
+            # Two attentions a layer add to the residual stream: keep its variance independent of depth.
+            std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
+            init.normal_(module.o_proj.weight, mean=0.0, std=std)
+
+
+class LTMModel(LTMPreTrainedModel):
+    """The decoder without its vocabulary projection."""
+
+    def __init__(self, config: LTMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LTMDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = MistralRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def latent_position_embeddings(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary tables of a layer's latents, at positions 0, s, 2s, …"""
+        positions = torch.arange(self.config.latents_per_layer, device=latents.device)
+        tables = self.rotary_emb(self.norm.weight, (positions * self.config.latent_position_stride)[None])
+        return tuple(table.to(latents.device) for table in tables)
+
+    def project_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, L, N, D) latents to the keys and values (B, L, 2, K, N, d) that `forward` takes instead of them.
+
+        Generation calls this once and reads the result at every token.
+        """
+        check_latents(self.config, latents)
+        tables = self.latent_position_embeddings(latents)
+        projected = [
+            layer.cross_attn.project_latents(latents[:, index], tables) for index, layer in enumerate(self.layers)
+        ]
+        return torch.stack([one.to(projected[0].device) for one in projected], dim=1)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        latents: torch.FloatTensor | None = None,
+        latent_key_values: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Hidden states (B, S, D) of tokens given latents.
+
+        latents: (B, L, N, D), or None for a plain windowed decoder (the same as latents of zero).
+        latent_key_values: (B, L, 2, K, N, d) from `project_latents`, in place of `latents`.
+        position_ids: counted over the unmasked tokens by default, so that padding on either side changes nothing.
+
+        Raises ValueError for latents of another shape, or given twice.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
+        if latents is not None:
+            if latent_key_values is not None:
+                raise ValueError("Only one of latents and latent_key_values can be given.")
+            check_latents(self.config, latents, len(input_ids if inputs_embeds is None else inputs_embeds))
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self._default_position_ids(inputs_embeds, attention_mask, past_key_values)
+
+        kind = self.config.layer_types[0]  # all layers are of one kind
+        if isinstance(attention_mask, dict):  # made by generate() for caches that compile
+            mask = attention_mask[kind]
+        else:
+            create_mask = create_causal_mask if kind == "full_attention" else create_sliding_window_causal_mask
+            mask = create_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        latent_position_embeddings = None if latents is None else self.latent_position_embeddings(latents)
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                None if latents is None else latents[:, index],
+                None if latent_key_values is None else latent_key_values[:, index],
+                attention_mask=mask,
+                position_embeddings=position_embeddings,
+                latent_position_embeddings=latent_position_embeddings,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    @staticmethod
+    def _default_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.LongTensor:
+        length = inputs_embeds.shape[1]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+        return (torch.arange(length, device=inputs_embeds.device) + seen)[None]
+
+
+def check_latents(config: LTMConfig, latents: torch.Tensor, batch_size: int | None = None) -> None:
+    """Raise a ValueError unless `latents` is (B, L, N, D) for this config (and this batch size)."""
+    if not config.num_latents:
+        raise ValueError("This model was built with num_latents=0 and takes no latents.")
+    batch = "batch" if batch_size is None else batch_size
+    if latents.shape[1:] != config.latent_shape or batch_size not in (None, latents.shape[0]):
+        raise ValueError(
+            f"latents must have the shape {(batch, *config.latent_shape)} (batch, layers, latents a layer, hidden), "
+            f"got {tuple(latents.shape)}."
+        )
+
+
+class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
+    """A causal language model that takes one more input, `latents`, and can infer it from tokens."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    accepts_loss_kwargs = True
+
+    # The functions of posterior_ltm, with the model as their first argument.
+    infer_posterior = infer_posterior
+    elbo = elbo
+    sample_prior = sample_prior
+
+    def __init__(self, config: LTMConfig):
+        super().__init__(config)
+        self.model = LTMModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+        self._set_inference_defaults()
+
+    def project_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, L, N, D) latents to the keys and values (B, L, 2, K, N, d) that `forward` takes instead of them."""
+        return self.model.project_latents(latents)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        latents: torch.FloatTensor | None = None,
+        latent_key_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> LTMCausalLMOutputWithPast:
+        """Logits (B, S, vocabulary) of the next token given latents, and the mean loss in nats a token given labels.
+
+        latents: (B, L, N, D), or None for a plain windowed decoder (the same as latents of zero).
+        latent_key_values: (B, L, 2, K, N, d) from `project_latents`, in place of `latents`.
+        labels: (B, S), shifted inside; -100 is not scored. `num_items_in_batch` divides the sum if given.
+
+        Raises ValueError for latents of another shape, or given twice.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            latents=latents,
+            latent_key_values=latent_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return LTMCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            latents=latents,
+        )
+
+
+__all__ = ["LTMCausalLMOutputWithPast", "LTMForCausalLM", "LTMModel", "LTMPreTrainedModel"]

@@ -1,0 +1,443 @@
+"""Inference: from tokens to a posterior over latents, by gradient steps on the ELBO with the decoder frozen.
+
+Shapes: B batch, S tokens, T inference steps, L layers, N latents a layer, D hidden.
+
+    ELBO(x) = E_q[log p(x|z)] - KL(q(z|x) || N(0, I)),   q = N(mean, diag exp(log_variance)),   z = mean + std·ε
+
+Everything here is in nats and summed over a sequence's tokens; nothing is averaged over the batch, so that a
+sequence's fit does not depend on its batch mates. The one gradient that the loop needs from the decoder is
+g = ∂NLL/∂z; the KL's is known in closed form.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from .configuration_ltm import InferenceSettings
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100  # the label that is not scored, as everywhere in transformers
+
+
+# ------------------------------------------------------------------ noise, keyed by what it is for
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FIT, _START, _SAMPLE, _SCORE = range(4)  # the uses of noise: no two share a draw
+
+
+def _signed(number: int) -> int:
+    """A Python integer modulo 2⁶⁴, as int64."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _mix(bits: torch.Tensor) -> torch.Tensor:
+    """The finaliser of SplitMix64 (Steele et al. 2014): every input bit reaches every output bit."""
+
+    def shift(x, n):  # logical, where int64's own is arithmetic
+        return (x >> n) & ((1 << (64 - n)) - 1)
+
+    bits = (bits ^ shift(bits, 30)) * _signed(0xBF58476D1CE4E5B9)
+    bits = (bits ^ shift(bits, 27)) * _signed(0x94D049BB133111EB)
+    return bits ^ shift(bits, 31)
+
+
+def sequence_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B,) int64 keys that depend on a sequence's unmasked tokens and their order, and on nothing else."""
+    positions = attention_mask.long().cumsum(dim=-1)
+    return (_mix(input_ids.long() + positions * _signed(_GOLDEN)) * attention_mask.long()).sum(dim=-1)
+
+
+def keyed_normal(keys: torch.Tensor, shape: tuple[int, ...], *words: int) -> torch.Tensor:
+    """(B, *shape) float32 standard normal noise; row b is a function of keys[b] and the words alone.
+
+    Counter-based (SplitMix64, then Box-Muller): the same on every device, in every batch, whatever the state of
+    torch's generators.
+    """
+    for word in words:
+        keys = _mix(keys + _signed((word + 1) * _GOLDEN))
+    size = math.prod(shape)
+    counters = torch.arange((size + 1) // 2, device=keys.device) * _signed(_GOLDEN)
+    bits = _mix(keys[:, None] + counters)
+    radius = (-2 * torch.log((((bits >> 32) & 0xFFFFFFFF).float() + 1) * 2.0**-32).clamp(max=0)).sqrt()
+    angle = (bits & 0xFFFFFFFF).float() * (2 * math.pi * 2.0**-32)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=1)[:, :size].reshape(-1, *shape)
+
+
+def _drawn_seed(seed: int | None) -> int:
+    """`seed`, or one from torch's global generator, so that `torch.manual_seed` governs unseeded samples."""
+    return int(torch.randint(2**62, ())) if seed is None else seed
+
+
+# ------------------------------------------------------------------ the posterior
+
+
+def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """(B,) nats: KL(N(mean, exp(log_variance)) || N(0, I)) of each sequence."""
+    return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(start_dim=1).sum(dim=1)
+
+
+@dataclass
+class LatentPosterior:
+    """q(z|x) = N(mean, diag exp(log_variance)) of a batch of sequences.
+
+    mean, log_variance: (B, L, N, D), float32.
+    elbo_trace: (T, B), the ELBO in nats at each inference step, with the noise of that step, or None. For "fixed"
+        noise this is the objective of the fit and not a bound; score with `elbo`, whose noise no fit has seen.
+    keys: (B,) int64, what identifies the sequences to the noise; None numbers the rows.
+    num_non_finite: sequences whose objective turned non-finite, and which kept their best finite posterior.
+    """
+
+    mean: torch.Tensor
+    log_variance: torch.Tensor
+    elbo_trace: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    num_non_finite: int = 0
+
+    def __post_init__(self):
+        if self.mean.shape != self.log_variance.shape:
+            raise ValueError(
+                "mean and log_variance must have one shape, "
+                f"got {tuple(self.mean.shape)} and {tuple(self.log_variance.shape)}."
+            )
+        if self.keys is None:
+            self.keys = torch.arange(len(self.mean), device=self.mean.device)
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def reparameterize(self, epsilon: torch.Tensor) -> torch.Tensor:
+        """z = mean + std·ε."""
+        return self.mean + (0.5 * self.log_variance).exp() * epsilon
+
+    def sample(self, seed: int | None = None) -> torch.Tensor:
+        """(B, L, N, D) latents drawn from q. `seed=None` draws one from torch's global generator."""
+        return self.reparameterize(keyed_normal(self.keys, self.mean.shape[1:], _drawn_seed(seed), _SAMPLE))
+
+    def kl_divergence(self) -> torch.Tensor:
+        """(B,) nats: KL(q || N(0, I)) of each sequence."""
+        return kl_divergence(self.mean, self.log_variance)
+
+
+def sample_prior(model, batch_size: int, seed: int | None = None) -> torch.Tensor:
+    """(batch_size, L, N, D) float32 latents from N(0, I). `seed=None` draws one from torch's global generator."""
+    keys = torch.arange(batch_size, device=model.device)
+    return keyed_normal(keys, model.config.latent_shape, _drawn_seed(seed), _SAMPLE)
+
+
+# ------------------------------------------------------------------ the likelihood and the bound
+
+
+def check_sequences(model, input_ids, attention_mask=None, labels=None) -> None:
+    """Refuse, with a ValueError, token ids, masks and labels that do not fit the model or each other."""
+    if input_ids.ndim != 2 or input_ids.dtype not in (torch.long, torch.int):
+        raise ValueError(
+            f"input_ids must be a (batch, tokens) tensor of integers, got {input_ids.dtype} {tuple(input_ids.shape)}."
+        )
+    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(tensor.shape)}."
+            )
+    if input_ids.numel():
+        low, high = (int(bound) for bound in input_ids.aminmax())
+        if low < 0 or high >= model.config.vocab_size:
+            raise ValueError(
+                f"input_ids must be at least 0 and below vocab_size ({model.config.vocab_size}), "
+                f"got {low if low < 0 else high}."
+            )
+
+
+def scored_tokens(input_ids, attention_mask=None, labels=None) -> torch.Tensor:
+    """(B, S - 1) targets of positions 0 … S - 2, with -100 where nothing is scored.
+
+    A token is scored if it and the token before it are real: the first token of a sequence has nothing to be
+    predicted from, on whichever side the padding is.
+    """
+    targets = (input_ids if labels is None else labels)[:, 1:]
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        targets = targets.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
+    return targets
+
+
+def negative_log_likelihood(model, input_ids, latents=None, attention_mask=None, labels=None) -> torch.Tensor:
+    """(B,) nats: -log p(x|z) of each sequence, the sum over its scored tokens. `latents=None`: of the plain decoder."""
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, latents=latents, use_cache=False).logits
+    targets = scored_tokens(input_ids, attention_mask, labels)
+    losses = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(targets.shape).sum(dim=1)
+
+
+class ELBO(NamedTuple):
+    """Estimates for each sequence, (B,) each; nats, except `num_tokens`. elbo = -(nll + kl) <= log p(x) on average."""
+
+    nll: torch.Tensor
+    kl: torch.Tensor
+    elbo: torch.Tensor
+    num_tokens: torch.Tensor
+
+
+def elbo(
+    model,
+    input_ids: torch.Tensor,
+    posterior: LatentPosterior,
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    num_particles: int = 1,
+    seed: int | None = None,
+    epsilon: torch.Tensor | None = None,
+) -> ELBO:
+    """The evidence lower bound of each sequence under its posterior, with noise that the fit has not seen.
+
+    num_particles: samples of z that the likelihood is averaged over. seed: default 0; no seed gives the noise of a fit.
+    epsilon: (B, L, N, D) noise to use instead, for one particle. Differentiable; wrap it in `torch.no_grad` to score.
+    """
+    check_sequences(model, input_ids, attention_mask, labels)
+    if num_particles < 1 or (epsilon is not None and num_particles != 1):
+        raise ValueError(f"num_particles must be 1 or more, and 1 with a given epsilon; got {num_particles}.")
+    nll = 0
+    for particle in range(num_particles):
+        noise = epsilon
+        if noise is None:
+            noise = keyed_normal(posterior.keys, posterior.mean.shape[1:], seed or 0, _SCORE, particle)
+        latents = posterior.reparameterize(noise)
+        nll = nll + negative_log_likelihood(model, input_ids, latents, attention_mask, labels) / num_particles
+    kl = posterior.kl_divergence()
+    num_tokens = (scored_tokens(input_ids, attention_mask, labels) != IGNORED).sum(dim=1)
+    return ELBO(nll, kl, -(nll + kl), num_tokens)
+
+
+# ------------------------------------------------------------------ inference optimisers
+
+
+class InferenceOptimizer(Protocol):
+    """Moves a posterior by what the decoder says of one sample of it.
+
+    Built from the start's (mean, log_variance) and the settings; holds the current two, (B, L, N, D) float32.
+    """
+
+    mean: torch.Tensor
+    log_variance: torch.Tensor
+
+    def update(self, gradient: torch.Tensor, epsilon: torch.Tensor, step_size: float) -> None:
+        """One step, given gradient = ∂NLL/∂z at z = mean + std·epsilon. The prior's part is the optimiser's own."""
+
+
+class AdamWInference:
+    """The paper's: torch's AdamW on (mean, log-variance) of NLL + KL, by the reparameterisation gradient."""
+
+    def __init__(self, mean: torch.Tensor, log_variance: torch.Tensor, settings: InferenceSettings):
+        self.mean, self.log_variance = mean, log_variance
+        self._adamw = torch.optim.AdamW(
+            [mean, log_variance], betas=(0.9, 0.999), eps=1e-8, weight_decay=settings.inference_weight_decay
+        )
+
+    def update(self, gradient, epsilon, step_size):
+        variance = self.log_variance.exp()
+        self.mean.grad = gradient + self.mean
+        self.log_variance.grad = 0.5 * (gradient * epsilon * variance.sqrt() + variance - 1)
+        self._adamw.param_groups[0]["lr"] = step_size
+        self._adamw.step()
+
+
+class NaturalInference:
+    """Natural gradient in (mean, precision): variational online Newton, as in IVON (Shen et al. 2024, section 3).
+
+    With S = 1/σ² and ρ the step size: h = g·ε·√S estimates the curvature (Stein's identity), d = 1 + h - S,
+    S ← S + ρ d + ½ρ² d²/S, which stays positive, then mean ← mean - ρ (mean + g)/S. The 1 and the mean are the
+    prior's. `inference_precision="unit"` holds S where it starts.
+    """
+
+    def __init__(self, mean: torch.Tensor, log_variance: torch.Tensor, settings: InferenceSettings):
+        self.mean, self.log_variance = mean, log_variance
+        self._updates_precision = settings.inference_precision == "stein"
+
+    def update(self, gradient, epsilon, step_size):
+        precision = (-self.log_variance).exp()
+        if self._updates_precision:
+            excess = 1 + gradient * epsilon * precision.sqrt() - precision
+            precision = precision + step_size * excess + 0.5 * step_size**2 * excess**2 / precision
+            self.log_variance = -precision.log()
+        self.mean = self.mean - step_size * (self.mean + gradient) / precision
+
+
+INFERENCE_OPTIMIZERS: dict[str, Callable[..., InferenceOptimizer]] = {
+    "adamw": AdamWInference,
+    "natural": NaturalInference,
+}
+
+
+def step_size(settings: InferenceSettings, step: int) -> float:
+    """The step size at step 0 … T - 1: constant, cosine to a tenth over T steps, or ρ / (1 + ρ·step)."""
+    rate = settings.inference_learning_rate
+    if settings.inference_lr_schedule == "cosine":
+        return rate * (0.1 + 0.45 * (1 + math.cos(math.pi * step / settings.num_inference_steps)))
+    if settings.inference_lr_schedule == "inverse":
+        return rate / (1 + rate * step)
+    return rate
+
+
+# ------------------------------------------------------------------ the fast loop
+
+
+@contextmanager
+def frozen(module: torch.nn.Module):
+    """No parameter of `module` requires a gradient inside; what it was before is restored on the way out."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class _BestFinite:
+    """What each row falls back on: its posterior with the best finite ELBO so far, the prior before there is one."""
+
+    def __init__(self, mean: torch.Tensor):
+        self.mean, self.log_variance = torch.zeros_like(mean), torch.zeros_like(mean)
+        self.elbo = torch.full_like(mean[:, 0, 0, 0], -torch.inf)
+        self.alive = torch.ones_like(self.elbo, dtype=torch.bool)
+
+    def observe(self, mean, log_variance, elbo, gradient) -> torch.Tensor:
+        """Take note of a step. Returns its gradient, zero in the rows that have turned non-finite."""
+        self.alive = self.alive & elbo.isfinite() & gradient.flatten(start_dim=1).isfinite().all(dim=1)
+        better = self.alive & (elbo > self.elbo)
+        self.elbo = torch.where(better, elbo, self.elbo)
+        self.mean = torch.where(_rows(better), mean, self.mean)
+        self.log_variance = torch.where(_rows(better), log_variance, self.log_variance)
+        return gradient.masked_fill(~_rows(self.alive), 0.0)
+
+    def replace(self, mean, log_variance) -> tuple[torch.Tensor, torch.Tensor]:
+        """The final posterior, with the rows that are not finite replaced."""
+        self.alive = self.alive & (mean + log_variance.exp() + log_variance).flatten(start_dim=1).isfinite().all(dim=1)
+        keep = _rows(self.alive)
+        return torch.where(keep, mean, self.mean), torch.where(keep, log_variance, self.log_variance)
+
+
+def _rows(mask: torch.Tensor) -> torch.Tensor:
+    return mask[:, None, None, None]
+
+
+def _start(model, settings, keys, seed, initial_posterior) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of where the loop starts: the caller's posterior, the paper's start for "adamw", else the prior."""
+    config, shape = model.config, (len(keys), *model.config.latent_shape)
+    if initial_posterior is not None:
+        if initial_posterior.mean.shape != shape:
+            raise ValueError(
+                f"initial_posterior must have the shape {shape} (batch, layers, latents a layer, hidden), "
+                f"got {tuple(initial_posterior.mean.shape)}."
+            )
+        return tuple(x.detach().clone().float() for x in (initial_posterior.mean, initial_posterior.log_variance))
+    if settings.inference_optimizer == "adamw":
+        mean, log_variance = (keyed_normal(keys, config.latent_shape, seed, _START, which) for which in (0, 1))
+        return (
+            config.initial_mean_std * mean,
+            config.initial_log_variance + config.initial_log_variance_std * log_variance,
+        )
+    return torch.zeros(shape, device=keys.device), torch.zeros(shape, device=keys.device)
+
+
+def infer_posterior(
+    model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    num_inference_steps: int | None = None,
+    inference_optimizer: str | None = None,
+    inference_learning_rate: float | None = None,
+    inference_lr_schedule: str | None = None,
+    inference_weight_decay: float | None = None,
+    inference_precision: str | None = None,
+    noise: str | None = None,
+    seed: int | None = None,
+    initial_posterior: LatentPosterior | None = None,
+    epsilon: torch.Tensor | None = None,
+    callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+) -> LatentPosterior:
+    """Fit q(z|x) to each sequence by T gradient steps on its ELBO (paper Algorithm 1, fast loop).
+
+    input_ids, attention_mask, labels: (B, S); padding and labels of -100 are not explained. Default: all of input_ids.
+    num_inference_steps … noise: default to the model's configuration, where they are described.
+    seed: default 0. Noise is a function of (seed, the sequence's tokens, step): a sequence gets the same posterior
+        alone, in any batch, padded on either side. torch's generators are left alone.
+    initial_posterior: where to start. epsilon: (B, L, N, D) noise for all steps, or (T, B, L, N, D), one for each.
+    callback: called after each step with (step, the step's latents (B, L, N, D), its ELBO (B,)).
+
+    The decoder is frozen: no weight gradient is computed, `param.grad` is untouched. Works inside `torch.no_grad` and
+    `torch.inference_mode`. Latents are float32 whatever the model's dtype. A sequence with no token to score gets the
+    prior; one whose objective turns non-finite keeps its best finite posterior, and a warning counts them.
+    Raises ValueError for bad input before any computation.
+    """
+    if not model.config.num_latents:
+        raise ValueError("This model was built with num_latents=0: it has no latents to infer.")
+    settings = InferenceSettings.of(
+        model.config,
+        num_inference_steps=num_inference_steps,
+        inference_optimizer=inference_optimizer,
+        inference_learning_rate=inference_learning_rate,
+        inference_lr_schedule=inference_lr_schedule,
+        inference_weight_decay=inference_weight_decay,
+        inference_precision=inference_precision,
+        inference_noise=noise,
+    )
+    check_sequences(model, input_ids, attention_mask, labels)
+    steps, seed = settings.num_inference_steps, seed or 0
+    shape = (len(input_ids), *model.config.latent_shape)
+    if epsilon is not None and epsilon.shape not in (shape, (steps, *shape)):
+        raise ValueError(f"epsilon must have the shape {shape} or {(steps, *shape)}, got {tuple(epsilon.shape)}.")
+
+    # A caller's inference mode is left: what autograd saves must not be inference tensors.
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+        input_ids, attention_mask, labels, epsilon = (
+            x.clone() if x is not None and x.is_inference() else x for x in (input_ids, attention_mask, labels, epsilon)
+        )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        keys = sequence_keys(input_ids, mask)
+        nothing_to_explain = (scored_tokens(input_ids, attention_mask, labels) == IGNORED).all(dim=1)
+        mean, log_variance = _start(model, settings, keys, seed, initial_posterior)
+        optimizer = INFERENCE_OPTIMIZERS[settings.inference_optimizer](mean, log_variance, settings)
+        best = _BestFinite(mean)
+        trace = []
+        for step in range(0 if nothing_to_explain.all() else steps):
+            if epsilon is None:
+                draw = step if settings.inference_noise == "fresh" else 0
+                noise_now = keyed_normal(keys, shape[1:], seed, _FIT, draw)
+            else:
+                noise_now = epsilon[step] if epsilon.ndim == 5 else epsilon
+            now = LatentPosterior(optimizer.mean, optimizer.log_variance)
+            latents = now.reparameterize(noise_now).detach().requires_grad_()
+            nll = negative_log_likelihood(model, input_ids, latents, attention_mask, labels)
+            (gradient,) = torch.autograd.grad(nll.sum(), latents)
+            with torch.no_grad():
+                trace.append(-(nll + now.kl_divergence()))
+                gradient = best.observe(now.mean, now.log_variance, trace[-1], gradient)
+                if callback is not None:
+                    callback(step, latents.detach(), trace[-1])
+                optimizer.update(gradient, noise_now, step_size(settings, step))
+
+        with torch.no_grad():
+            mean, log_variance = best.replace(optimizer.mean, optimizer.log_variance)
+            mean, log_variance = (x.masked_fill(_rows(nothing_to_explain), 0.0) for x in (mean, log_variance))
+            num_non_finite = int((~best.alive).sum())
+            elbo_trace = torch.stack(trace) if trace else mean.new_zeros((0, len(mean)))
+    if num_non_finite:
+        logger.warning(
+            f"The objective of {num_non_finite} of {len(mean)} sequences turned non-finite during inference; "
+            "they keep their best finite posterior."
+        )
+    return LatentPosterior(mean, log_variance, elbo_trace, keys, num_non_finite)
+
+
+__all__ = ["ELBO", "LatentPosterior", "elbo", "infer_posterior", "sample_prior"]

