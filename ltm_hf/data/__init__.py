@@ -1,7 +1,7 @@
 """From a corpus to blocks of token ids: documents (`corpora`), tokens (`tokenization`), blocks (`packing`)."""
 
 from .corpora import load_corpus
-from .packing import pack
+from .packing import collate_blocks, pack
 from .tokenization import load_tokenizer, train_tokenizer
 
-__all__ = ["load_corpus", "load_tokenizer", "pack", "train_tokenizer"]
+__all__ = ["collate_blocks", "load_corpus", "load_tokenizer", "pack", "train_tokenizer"]

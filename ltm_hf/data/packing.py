@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -69,3 +70,9 @@ def _blocks(
             f"The {name} has {len(stream)} tokens, too few for one block of {block_size} "
             f"(begin-of-text and {body} more): take a smaller block or more text."
         )
+
+
+def collate_blocks(blocks: list[dict]) -> dict[str, torch.Tensor]:
+    """Blocks of equal length to a batch: `input_ids` and `labels`, (blocks, block_size) each; the two are equal."""
+    input_ids = torch.tensor([block["input_ids"] for block in blocks])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}

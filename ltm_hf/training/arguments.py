@@ -1,0 +1,55 @@
+"""Training arguments with the paper's values as defaults (section 4, "Training")."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+SLOW_GRADIENTS = ("final", "trajectory")
+
+
+@dataclass
+class LTMTrainingArguments(TrainingArguments):
+    """`TrainingArguments` of dual-rate learning.
+
+    The slow optimiser is the paper's: AdamW 4e-4, betas (0.9, 0.95), weight decay 0.1 on matrices only, 1,000 warm-up
+    steps, cosine to a tenth, gradients clipped to norm 1. The paper's batch is 512 sequences of 1,024 tokens: set
+    `per_device_train_batch_size` and `gradient_accumulation_steps` to it.
+
+    Raises ValueError for a value that cannot work.
+    """
+
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of the decoder (slow)."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of the decoder's AdamW."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay, on matrices only."})
+    warmup_steps: float = field(default=1000, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_kwargs: dict | str | None = field(
+        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule, as JSON."}
+    )
+
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Fast steps on the latents for each slow step; default: the model's."}
+    )
+    inference_learning_rate: float | None = field(
+        default=None, metadata={"help": "Step size of inference when training starts; default: the model's."}
+    )
+    inference_learning_rate_end: float | None = field(
+        default=None,
+        metadata={
+            "help": "Step size of inference when training ends, reached linearly. Default: for adamw 0.34 / 0.30 of "
+            "the start (the paper goes from 0.30 to 0.34), else the start."
+        },
+    )
+    slow_gradient: str = field(
+        default="final",
+        metadata={
+            "help": "Latents that the decoder learns from: 'final', a sample of the fitted posterior (Algorithm 1), or "
+            "'trajectory', the mean over the samples of all fast steps and the final one (as the released code does).",
+            "choices": SLOW_GRADIENTS,
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.slow_gradient not in SLOW_GRADIENTS:
+            raise ValueError(f"slow_gradient must be one of {', '.join(SLOW_GRADIENTS)}; got {self.slow_gradient!r}.")

@@ -1,0 +1,120 @@
+"""Each figure of the likelihood table against its definition, computed block by block."""
+
+import math
+
+import pytest
+import torch
+
+from ltm_hf import LTMConfig, LTMForCausalLM, elbo, infer_posterior
+from ltm_hf.evaluation import evaluate_likelihood, markdown_table
+from ltm_hf.posterior_ltm import LatentPosterior, keyed_normal, sequence_keys
+
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = LTMForCausalLM(
+        LTMConfig(
+            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=LENGTH, sliding_window=4, num_latents=4, bos_token_id=1, eos_token_id=0,
+            initializer_range=0.3, num_inference_steps=4,
+        )
+    )  # fmt: skip
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    ids = torch.randint(2, 61, (5, LENGTH), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row} for row in ids.tolist()]
+
+
+def token_losses(model, ids, latents=None):
+    """Nats of tokens 1 … LENGTH - 1 of one block, with log-softmax written out."""
+    with torch.no_grad():
+        logits = model(ids[None], latents=latents).logits[0, :-1]
+    return -torch.log_softmax(logits, dim=-1)[torch.arange(LENGTH - 1), ids[1:]]
+
+
+def test_figures_against_their_definitions(model, blocks):
+    likelihood = evaluate_likelihood(model, blocks, batch_size=2, progress=False)
+    expected = {name: [] for name in likelihood.figures}
+    for block in blocks:
+        ids = torch.tensor(block["input_ids"])
+        posterior = infer_posterior(model, ids[None])
+        estimate = elbo(model, ids[None], posterior)
+        plain = token_losses(model, ids)
+        thought = infer_posterior(model, ids[None, : LENGTH // 2]).mean
+        expected["bound"].append((estimate.nll + estimate.kl).item() / (LENGTH - 1))
+        expected["nll"].append(estimate.nll.item() / (LENGTH - 1))
+        expected["kl"].append(posterior.kl_divergence().item() / (LENGTH - 1))
+        expected["no_latents"].append(plain.mean().item())
+        expected["prefix"].append(token_losses(model, ids, thought)[LENGTH // 2 - 1 :].mean().item())
+        expected["prefix_no_latents"].append(plain[LENGTH // 2 - 1 :].mean().item())
+        keys = sequence_keys(ids[None], torch.ones_like(ids[None]))
+        noise = keyed_normal(keys, model.config.latent_shape, 0)
+        fitted = infer_posterior(model, ids[None], epsilon=noise)
+        nll = token_losses(model, ids, fitted.reparameterize(noise)).sum()
+        expected["released"].append(math.exp((nll + fitted.kl_divergence()).item() / (LENGTH - 1)))
+    expected["released"] = [math.log(sum(expected["released"]) / len(blocks))]
+    for name, values in expected.items():
+        assert likelihood[name] == pytest.approx(sum(values) / len(values), abs=1e-4), name
+    assert likelihood.num_tokens == 5 * (LENGTH - 1) and likelihood.num_blocks == 5
+
+
+def test_prefix_does_not_see_what_it_predicts(model, blocks):
+    """Another last token changes the figure by that token's own loss and no more: the latents did not know it."""
+    ids = torch.tensor(blocks[0]["input_ids"])
+    changed = torch.cat((ids[:-1], torch.tensor([(ids[-1] + 1) % 61])))
+    thought = infer_posterior(model, ids[None, : LENGTH // 2]).mean
+    difference = (token_losses(model, changed, thought) - token_losses(model, ids, thought)).sum().item()
+    before, after = (
+        evaluate_likelihood(model, [{"input_ids": these.tolist()}] * 2, progress=False) for these in (ids, changed)
+    )
+    assert abs(difference) > 1e-3
+    assert (after["prefix"] - before["prefix"]) * (LENGTH // 2) == pytest.approx(difference, abs=1e-4)
+
+
+def test_standard_error_is_over_blocks(model, blocks):
+    likelihood = evaluate_likelihood(model, blocks, progress=False)
+    losses = torch.stack([token_losses(model, torch.tensor(block["input_ids"])).mean() for block in blocks])
+    assert likelihood.figures["no_latents"][1] == pytest.approx((losses.std() / math.sqrt(5)).item(), rel=1e-4)
+
+
+def test_the_released_protocol_flatters(model, blocks):
+    """With enough steps the fit learns the one draw of noise, and scoring with that draw hides it."""
+    likelihood = evaluate_likelihood(model, blocks, num_inference_steps=64, progress=False)
+    assert likelihood["released"] < likelihood["bound"]
+
+
+def test_baseline_has_exact_losses_only(blocks):
+    config = LTMConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_latents=0)
+    likelihood = evaluate_likelihood(LTMForCausalLM(config), blocks, progress=False)
+    assert list(likelihood.figures) == ["no_latents", "prefix_no_latents"]
+
+
+def test_table_names_what_each_figure_is(model, blocks):
+    likelihood = evaluate_likelihood(model, blocks, progress=False)
+    table = markdown_table({"mine": likelihood})
+    assert "NOT a bound" in table and "fresh noise" in table and f"{likelihood['bound']:.3f}" in table
+    assert len({len(line) for line in table.splitlines()}) == 1  # aligned
+
+
+def test_restores_training_mode_and_refuses_an_empty_set(model, blocks):
+    model.train()
+    evaluate_likelihood(model, blocks[:2], progress=False)
+    assert model.training
+    model.eval()
+    with pytest.raises(ValueError, match="no block"):
+        evaluate_likelihood(model, [], progress=False)
+
+
+def test_more_particles_average_the_same_bound(model, blocks):
+    ids = torch.tensor([block["input_ids"] for block in blocks])
+    posterior = infer_posterior(model, ids)
+    narrow = LatentPosterior(posterior.mean, torch.full_like(posterior.mean, -30.0), keys=posterior.keys)
+    with torch.no_grad():
+        one, many = (elbo(model, ids, narrow, num_particles=count).nll for count in (1, 3))
+    torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-4)  # without variance there is nothing to average

