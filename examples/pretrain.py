@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, set_seed
 
 from ltm_hf import LTMForCausalLM, preset_config
@@ -18,7 +19,7 @@ from ltm_hf.evaluation import evaluate_likelihood, markdown_table
 from ltm_hf.flops import training_flops
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
 
-# What a preset is trained with unless the command line says otherwise; the training arguments' defaults are the paper's.
+# What a preset is trained with unless the command line says otherwise; beyond these, the arguments' defaults hold.
 PAPER = dict(tokenizer="gpt2", save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000)
 RECIPES = {
     "ltm-tiny": dict(
@@ -89,7 +90,8 @@ def train(config, args, tokenizer, train_blocks, eval_blocks):
     """The trainer after training, and the likelihood before and after."""
     set_seed(args.seed)
     model = LTMForCausalLM(config)
-    print(f"{model.num_parameters():,} parameters, {training_flops(config) / 1e9:.3g} GFLOPs a token to train")
+    flops = training_flops(config).training_step
+    print(f"{model.num_parameters():,} parameters, {flops / 1e6:.3g} MFLOPs a token to train")
     trainer = LTMTrainer(model, args, train_dataset=train_blocks, eval_dataset=eval_blocks, processing_class=tokenizer)
     before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -108,16 +110,20 @@ def main():
     # The preset decides on defaults, so it is read first.
     preset = HfArgumentParser(ModelArguments).parse_args_into_dataclasses(return_remaining_strings=True)[0].preset
     parser = HfArgumentParser((ModelArguments, DataArguments, LTMTrainingArguments))
-    parser.set_defaults(output_dir=f"outputs/{preset}", report_to="none", **RECIPES.get(preset, {}))
+    parser.set_defaults(
+        output_dir=f"outputs/{preset}",
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **RECIPES.get(preset, {}),
+    )
     model_args, data_args, args = parser.parse_args_into_dataclasses()
     overrides = json.loads(model_args.config_overrides)
 
     block_size = data_args.block_size or preset_config(preset, **overrides).max_position_embeddings
     with args.main_process_first(desc="data"):
         tokenizer, train_blocks, eval_blocks = prepare_data(data_args, block_size)
-    overrides |= dict(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+    overrides |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    overrides["vocab_size"] = len(tokenizer)
 
     trainer, before, after = train(preset_config(preset, **overrides), args, tokenizer, train_blocks, eval_blocks)
     trainer.save_model()

@@ -39,7 +39,11 @@ from .posterior_ltm import elbo, infer_posterior, sample_prior
 
 @dataclass
 class LTMCausalLMOutputWithPast(CausalLMOutputWithCrossAttentions):
-    """transformers' causal LM output and `latents`, the (B, L, N, D) latents that the decoder read, if any."""
+    """transformers' causal LM output and `latents`, the (B, L, N, D) latents that the decoder read, if any.
+
+    They are detached: a module that returned the leaf itself could not be watched by hooks while `infer_posterior`
+    differentiates with respect to it (torch's FlopCounterMode refuses).
+    """
 
     latents: torch.FloatTensor | None = None
 
@@ -376,7 +380,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
-            latents=latents,
+            latents=None if latents is None else latents.detach(),
         )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def plot_curves(histories: dict[str, list[dict]], path: str | Path) -> None:
-    """Write a PNG of runs' `trainer.state.log_history`, by name: nats a token on the left, what latents do on the right.
+    """Write a PNG of runs' `trainer.state.log_history`, by name: likelihood, and what latents carry.
 
     Needs matplotlib (the extra `examples`).
     """

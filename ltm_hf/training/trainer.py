@@ -29,8 +29,8 @@ class LTMTrainer(Trainer):
         super().__init__(*args, data_collator=data_collator or collate_blocks, **kwargs)
         self._sums = defaultdict(float)  # since the last log, on this process
         self._eval_sums = defaultdict(float)
+        self._since = (0, 0.0)  # the step and the time at which `_sums` began
         self._last_batch = None
-        self._last_log_time = time.perf_counter()
 
     # ---------------------------------------------------------------- the step
 
@@ -48,6 +48,8 @@ class LTMTrainer(Trainer):
 
     def _think(self, decoder, inputs) -> list[torch.Tensor | None]:
         """The latents that the decoder learns from, one (B, L, N, D) tensor for each forward pass of the slow step."""
+        if not self._sums:
+            self._since = (self.state.global_step, time.perf_counter())
         self._sums["tokens"] += self._num_scored(inputs)
         if not decoder.config.num_latents:
             return [None]
@@ -133,19 +135,17 @@ class LTMTrainer(Trainer):
         super().log(logs, start_time)
 
     def _figures(self, loss: float) -> dict[str, float]:
-        now = time.perf_counter()
+        seconds = time.perf_counter() - self._since[1]
         sums = self._reduced(self._sums)
-        figures = {"tokens_per_second": sums["tokens"] / (now - self._last_log_time)}
+        figures = {"tokens_per_second": sums["tokens"] / seconds}
         kl = sums["kl"] / max(1, sums["tokens"])
         if self.model.config.num_latents:
-            steps = self.args.logging_steps if self.args.logging_steps >= 1 else 1
             figures |= {"kl": kl, "bound": loss + kl, "gain": self._gain()}
-            figures["inference_seconds"] = self._sums["inference_seconds"] / steps
+            figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
             if sums["non_finite_rows"]:
                 figures["non_finite_rows"] = sums["non_finite_rows"]
         figures["perplexity_bound"] = _exp(loss + kl)
         self._sums.clear()
-        self._last_log_time = now
         return figures
 
     @torch.no_grad()

@@ -1,0 +1,291 @@
+"""What a training step costs: the fast loop with a frozen decoder, the slow step, and the published way beside them.
+
+    python examples/benchmarks/train_step.py
+    python examples/benchmarks/train_step.py --preset ltm-small --batch-size 2 --sequence-length 256 \\
+        --num-inference-steps 4 --output step.json
+
+The model is newly initialised and the token ids are random (seeded): the cost does not depend on what they are.
+
+- fast step: the time of one `model.infer_posterior(...)` call divided by its T steps. It includes all that the call
+  does: checking the input, drawing the start and the noise, T forwards, T gradients of the latents, T updates.
+- slow step: forward, backward and an AdamW step on the weights, at latents drawn from the posterior. The draw is
+  included, gradient clipping is not.
+- published way: the same fast loop with the decoder not frozen, so that every step also computes and accumulates the
+  weight gradients. Measured in turn with the other two, and checked to give the same posterior.
+- peak memory: on a GPU of each phase, the weights and their optimiser's state included; on a CPU of the whole process.
+- FLOPs: counted by torch on one sequence with eager attention, which computes all S x S scores whatever the window.
+
+Milliseconds are medians of the repeats, with their smallest and largest; warm-up is left out. A training step is T
+times the fast step plus the slow one.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, set_seed
+
+from ltm_hf import PRESETS, LatentPosterior, preset_config
+from ltm_hf.configuration_ltm import InferenceSettings
+from ltm_hf.flops import count_flops, count_parameters, paper_training_flops
+from ltm_hf.posterior_ltm import INFERENCE_OPTIMIZERS, keyed_normal, negative_log_likelihood, step_size
+
+PHASES = ("fast_step", "slow_step", "published_fast_step")
+
+
+def noise(start: LatentPosterior, step: int) -> torch.Tensor:
+    return keyed_normal(start.keys, start.mean.shape[1:], step)
+
+
+def infer_posterior_unfrozen(model, input_ids, num_inference_steps: int | None = None) -> LatentPosterior:
+    """The published way, as a naive reference: `backward` on a decoder whose weights all want their gradient too."""
+    settings = InferenceSettings.of(model.config, num_inference_steps=num_inference_steps)
+    start = model.infer_posterior(input_ids, num_inference_steps=0)
+    optimizer = INFERENCE_OPTIMIZERS[settings.inference_optimizer](start.mean, start.log_variance, settings)
+    for step in range(settings.num_inference_steps):
+        epsilon = noise(start, step)
+        posterior = LatentPosterior(optimizer.mean, optimizer.log_variance)
+        latents = posterior.reparameterize(epsilon).detach().requires_grad_()
+        negative_log_likelihood(model, input_ids, latents).sum().backward()
+        with torch.no_grad():
+            optimizer.update(latents.grad, epsilon, step_size(settings, step))
+    return LatentPosterior(optimizer.mean.detach(), optimizer.log_variance.detach())
+
+
+def slow_loss(model, input_ids, posterior) -> torch.Tensor:
+    return model(input_ids=input_ids, latents=posterior.sample(seed=0), labels=input_ids, use_cache=False).loss
+
+
+def build_model(args) -> torch.nn.Module:
+    given = dict(num_inference_steps=args.num_inference_steps, inference_optimizer=args.optimizer)
+    config = preset_config(args.preset, **{name: value for name, value in given.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=args.attention).to(args.device).train()
+    if args.precision == "bfloat16":
+        model.to(torch.bfloat16)
+    elif args.precision == "autocast":  # as accelerate does it: around forward alone
+        model.forward = torch.autocast(args.device.type, torch.bfloat16)(model.forward)
+    return model
+
+
+def difference(model, input_ids) -> float:
+    """The two ways' posteriors: |a - b| / |a|, the larger of mean and log-variance."""
+    start = model.infer_posterior(input_ids, num_inference_steps=0)
+    epsilon = torch.stack([noise(start, step) for step in range(model.config.num_inference_steps)])
+    frozen, unfrozen = model.infer_posterior(input_ids, epsilon=epsilon), infer_posterior_unfrozen(model, input_ids)
+    pairs = ((frozen.mean, unfrozen.mean), (frozen.log_variance, unfrozen.log_variance))
+    return max(float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in pairs)
+
+
+def count(model, input_ids) -> dict[str, int]:
+    """FLOPs per token, by torch's counter."""
+    row, implementation = input_ids[:1], model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    posterior = model.infer_posterior(row, num_inference_steps=1)
+    counted = {
+        "forward": lambda: slow_loss(model, row, posterior),
+        "fast_step": lambda: model.infer_posterior(row, num_inference_steps=1),
+        "slow_step": lambda: slow_loss(model, row, posterior).backward(),
+        "published_fast_step": lambda: infer_posterior_unfrozen(model, row, num_inference_steps=1),
+    }
+    flops = {name: count_flops(function) // row.numel() for name, function in counted.items()}
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    return flops
+
+
+def measure(model, input_ids, repeats: int, warmup: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Milliseconds of each phase in each repeat, and on a GPU its peak memory in bytes. The phases take turns."""
+    device, steps = input_ids.device, model.config.num_inference_steps
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    times, peaks = {phase: [] for phase in PHASES}, {}
+    posterior = None
+
+    def slow_step():
+        slow_loss(model, input_ids, posterior).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def timed(phase, function, divisor=1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        result = function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated())
+        times[phase].append((time.perf_counter() - start) * 1000 / divisor)
+        return result
+
+    for _ in range(warmup + repeats):
+        posterior = timed("fast_step", lambda: model.infer_posterior(input_ids), steps)
+        timed("slow_step", slow_step)
+        timed("published_fast_step", lambda: infer_posterior_unfrozen(model, input_ids), steps)
+        optimizer.zero_grad()
+    return {phase: values[warmup:] for phase, values in times.items()}, peaks
+
+
+def processor_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    cpu = f"{processor_name()}, {torch.get_num_threads()} thread(s)"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def benchmark(args) -> dict:
+    set_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model = build_model(args)
+    config = model.config
+    steps, length = config.num_inference_steps, args.sequence_length or config.max_position_embeddings
+    input_ids = torch.randint(config.vocab_size, (args.batch_size, length)).to(args.device)
+
+    same = difference(model, input_ids)
+    model.zero_grad()
+    flops = count(model, input_ids)
+    times, peaks = measure(model, input_ids, args.repeats, args.warmup)
+    if args.device.type != "cuda":
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        peaks["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    milliseconds = {phase: statistics.median(values) for phase, values in times.items()}
+    for figures in (milliseconds, flops):  # a training step is T fast steps and the slow one
+        for way in ("", "published_"):
+            figures[f"{way}training_step"] = steps * figures[f"{way}fast_step"] + figures["slow_step"]
+    return {
+        "settings": {
+            "preset": args.preset,
+            "parameters": count_parameters(config),
+            "device": args.device.type,
+            "precision": args.precision,
+            "attention": args.attention,
+            "optimizer": config.inference_optimizer,
+            "batch_size": args.batch_size,
+            "sequence_length": length,
+            "num_inference_steps": steps,
+            "repeats": args.repeats,
+            "seed": args.seed,
+            "token_ids": "random, seeded",
+        },
+        "environment": environment(args.device),
+        "milliseconds": milliseconds,
+        "milliseconds_range": {phase: [min(values), max(values)] for phase, values in times.items()},
+        "tokens_per_second": 1000 * input_ids.numel() / milliseconds["training_step"],
+        "speedup": milliseconds["published_training_step"] / milliseconds["training_step"],
+        "flops_per_token": flops,
+        "paper_flops_per_token": paper_training_flops(config, length),
+        "fast_step_forwards": flops["fast_step"] / flops["forward"],
+        "peak_memory_bytes": peaks,
+        "posterior_difference": same,
+    }
+
+
+def report(result: dict) -> str:
+    settings, where, peaks = result["settings"], result["environment"], result["peak_memory_bytes"]
+    tokens = settings["batch_size"] * settings["sequence_length"]
+    rows = [("", "ms", "range", "tokens/s", "MFLOPs/token", "forwards", "peak MiB")]
+    for name in ("fast_step", "slow_step", "training_step", "published_fast_step", "published_training_step"):
+        milliseconds, flops = result["milliseconds"][name], result["flops_per_token"][name]
+        spread = result["milliseconds_range"].get(name)
+        rows.append(
+            (
+                name.replace("_", " "),
+                f"{milliseconds:.1f}",
+                f"{spread[0]:.1f}-{spread[1]:.1f}" if spread else "",
+                "" if spread else f"{1000 * tokens / milliseconds:,.0f}",
+                f"{flops / 1e6:,.1f}",
+                f"{flops / result['flops_per_token']['forward']:.2f}",
+                f"{peaks[name] / 2**20:,.0f}" if name in peaks else "",
+            )
+        )
+    if "process" in peaks:
+        rows = [row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{settings['preset']} ({settings['parameters']:,} parameters), {settings['batch_size']} x "
+        f"{settings['sequence_length']} random tokens, {settings['num_inference_steps']} inference steps "
+        f"({settings['optimizer']}), {settings['precision']}, {settings['attention']} attention",
+        f"{where['hardware']}; torch {where['torch']}, transformers {where['transformers']}; {where['date']}",
+        "",
+        *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows),
+        "",
+        f"{result['speedup']:.2f} times as fast as the published way; "
+        f"posteriors differ by {result['posterior_difference']:.1e} (relative).",
+    ]
+    if "process" in peaks:
+        lines.append(f"Peak resident memory of the whole process: {peaks['process'] / 2**20:,.0f} MiB.")
+    return "\n".join(lines)
+
+
+def at_least(smallest: int):
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < smallest:
+            raise argparse.ArgumentTypeError(f"must be an integer of {smallest} or more, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "autocast"),
+        default="float32",
+        help="bfloat16 casts the weights, autocast keeps them float32; latents are always float32",
+    )
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="sequences; default 8")
+    parser.add_argument("--sequence-length", type=at_least(2), help="tokens; default: the preset's maximum")
+    parser.add_argument("--num-inference-steps", type=at_least(1), help="default: the preset's")
+    parser.add_argument("--optimizer", choices=("natural", "adamw"), help="of the latents; default: the preset's")
+    parser.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa")
+    parser.add_argument("--threads", type=at_least(1), help="of the CPU; default: torch's. 1 where others compute too")
+    parser.add_argument("--repeats", type=at_least(1), default=7, help="default 7")
+    parser.add_argument("--warmup", type=at_least(1), default=2, help="repeats left out before; default 2")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and token ids; default 0")
+    parser.add_argument("--output", help="JSON file to write the same figures to")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here.")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        parser.error(f"--output: there is no folder {Path(args.output).parent}.")
+    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return args
+
+
+def main() -> None:
+    args = parse()
+    result = benchmark(args)
+    print(report(result))
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    tolerance = 1e-3 if args.precision == "float32" else 1e-1
+    if not result["posterior_difference"] <= tolerance:
+        raise SystemExit(f"The two ways gave different posteriors: relative difference above {tolerance:g}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What a Latent Thought Model costs: parameters, and FLOPs per token, in closed form.
+
+A multiply-add is 2 FLOPs. Symbols: S tokens of a sequence, L layers, n latents a layer, D hidden, T inference steps.
+
+`paper_training_flops` is the paper's own account, (T + 1)·(6·P + 12·L·D·S/2): every fast step pays for weight
+gradients, attention counts half the S x S scores, cross-attention's scores and the latents' keys and values are free.
+`training_flops` is what this library multiplies, with the decoder frozen in the fast loop.
+
+    python -m ltm_hf.flops        # a table of all presets
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from .configuration_ltm import LTMConfig
+from .presets import PRESETS, preset_config
+
+ATTENTIONS = ("dense", "window")
+
+
+def count_parameters(config: LTMConfig) -> int:
+    """Parameters of `LTMForCausalLM(config)`, tied embeddings counted once. No model is built."""
+    hidden, queries, keys = _widths(config)
+    attention = 2 * hidden * queries + 2 * hidden * keys
+    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
+    if config.num_latents:
+        layer += attention + hidden  # its norm
+        layer += 0 if config.cross_attention_gate_init is None else hidden
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
+    return embeddings + config.num_hidden_layers * layer + hidden
+
+
+def paper_training_flops(config: LTMConfig, sequence_length: int | None = None) -> int:
+    """The paper's training FLOPs per token (its column trFLOPs/token): (T + 1)·(6·P + 12·L·D·S/2).
+
+    T = config.num_inference_steps. Without latents there is no fast loop, and the paper counts 6·P alone.
+    sequence_length: S, default `max_position_embeddings`. Raises ValueError if it is not an integer of 1 or more.
+    """
+    parameters, tokens = count_parameters(config), _checked_length(config, sequence_length)
+    if not config.num_latents:
+        return 6 * parameters
+    attention = 6 * config.num_hidden_layers * config.hidden_size * tokens
+    return (config.num_inference_steps + 1) * (6 * parameters + attention)
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs per token: matrix products and attention; norms, softmax, optimisers and rotary tables are left out.
+
+    forward: logits of all positions, from tokens and latents.
+    fast_step: a forward and the gradient of the latents, no weight gradient; 0 without latents.
+    slow_step: a forward and the gradient of all weights, at latents that need none.
+    num_inference_steps: fast steps of a training step.
+    """
+
+    forward: float
+    fast_step: float
+    slow_step: float
+    num_inference_steps: int
+
+    @property
+    def training_step(self) -> float:
+        """The fast loop and the slow step."""
+        return self.num_inference_steps * self.fast_step + self.slow_step
+
+
+def training_flops(config: LTMConfig, sequence_length: int | None = None, attention: str = "dense") -> TrainingFlops:
+    """FLOPs per token of this implementation; the steps are `config.num_inference_steps`.
+
+    sequence_length: S, default `max_position_embeddings`.
+    attention: "dense" counts all S x S scores, what eager and SDPA attention compute under a mask; "window" only
+        those that the causal window lets through, the least that a sparse kernel can compute.
+    Raises ValueError for a sequence length that is not an integer of 1 or more, or another attention.
+    """
+    tokens = _checked_length(config, sequence_length)
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; got {attention!r}.")
+    hidden, queries, keys = _widths(config)
+    window = min(config.sliding_window or tokens, tokens)
+    pairs = tokens**2 if attention == "dense" else tokens * window - window * (window - 1) // 2
+
+    # Forward FLOPs of one sequence. First of one layer:
+    projections = tokens * 2 * hidden * (2 * queries + 2 * keys)
+    scores = 4 * queries * pairs  # queries with keys, then weights with values
+    mlp = tokens * 6 * hidden * config.intermediate_size
+    cross_query = cross_out = latent_projections = cross_scores = 0
+    if config.num_latents:
+        cross_query = cross_out = tokens * 2 * hidden * queries
+        latent_projections = config.latents_per_layer * 4 * hidden * keys
+        cross_scores = 4 * queries * tokens * config.latents_per_layer
+    layers = config.num_hidden_layers
+    linear = layers * (projections + mlp + cross_query + cross_out + latent_projections)
+    linear += tokens * 2 * hidden * config.vocab_size
+    attended = layers * (scores + cross_scores)
+    forward = linear + attended
+
+    # Backward, a product with a weight costs its forward once for its input and once for the weight; a product of two
+    # activations costs it once for each.
+    weights_backward = 2 * forward - layers * latent_projections  # the slow step's latents need no gradient
+    latents_backward = linear + 2 * attended
+    # Layer 0 reads no latents before its cross-attention: what comes before, and the queries, are constant.
+    latents_backward -= projections + 2 * scores + cross_query + cross_scores // 2
+    fast_step = forward + latents_backward if config.num_latents else 0
+    return TrainingFlops(
+        forward=forward / tokens,
+        fast_step=fast_step / tokens,
+        slow_step=(forward + weights_backward) / tokens,
+        num_inference_steps=config.num_inference_steps if config.num_latents else 0,
+    )
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """FLOPs of one call of `function` as torch's `FlopCounterMode` counts them: what the closed forms are tested by."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def _widths(config: LTMConfig) -> tuple[int, int, int]:
+    """Channels of the hidden state, of all queries, of all keys."""
+    return (
+        config.hidden_size,
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
+
+
+def _checked_length(config: LTMConfig, sequence_length: int | None) -> int:
+    tokens = config.max_position_embeddings if sequence_length is None else sequence_length
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"sequence_length must be an integer of 1 or more, got {tokens!r}.")
+    return tokens
+
+
+def table(sequence_length: int | None = None, attention: str = "dense") -> str:
+    """A line for each preset, in units of 10⁶ FLOPs per token. Arguments as in `training_flops`."""
+    rows = [("preset", "parameters", "T", "paper", "forward", "fast", "slow", "training", "fast/forward", "/paper")]
+    for name in PRESETS:
+        config = preset_config(name)
+        paper = paper_training_flops(config, sequence_length)
+        ours = training_flops(config, sequence_length, attention)
+        costs = (paper, ours.forward, ours.fast_step, ours.slow_step, ours.training_step)
+        rows.append(
+            (
+                name,
+                f"{count_parameters(config):,}",
+                str(config.num_inference_steps),
+                *(f"{cost / 1e6:,.1f}" for cost in costs),
+                f"{ours.fast_step / ours.forward:.2f}",
+                f"{ours.training_step / paper:.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Training cost of the presets, in MFLOPs per token.")
+    parser.add_argument("--sequence-length", type=int, help="tokens; default: each preset's max_position_embeddings")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="dense", help="which self-attention scores count")
+    args = parser.parse_args()
+    try:
+        print(table(args.sequence_length, args.attention))
+    except ValueError as error:
+        parser.error(str(error))
+    print(
+        "\nMFLOPs per token. paper: (T + 1)(6 P + 12 L D S / 2), the published account. The rest is this "
+        f"implementation,\ndecoder frozen in the fast loop, {args.attention} attention. training: T fast steps and "
+        "the slow one; /paper: its ratio to the paper's."
+    )
+
+
+if __name__ == "__main__":
+    main()

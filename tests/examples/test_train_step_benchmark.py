@@ -1,0 +1,48 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "train_step.py"
+TINY = "--device cpu --threads 1 --batch-size 2 --sequence-length 24 --num-inference-steps 2 --repeats 2 --warmup 1"
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *TINY.split(), *arguments], capture_output=True, text=True)
+
+
+def test_benchmark(tmp_path):
+    output = tmp_path / "step.json"
+    done = run("--output", output)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+
+    assert result["settings"]["preset"] == "ltm-tiny" and result["settings"]["parameters"] == 1_062_528
+    assert set(result["environment"]) == {"date", "hardware", "torch", "transformers"}
+    milliseconds, flops = result["milliseconds"], result["flops_per_token"]
+    for phase, (smallest, largest) in result["milliseconds_range"].items():
+        assert 0 < smallest <= milliseconds[phase] <= largest
+    assert milliseconds["training_step"] == pytest.approx(2 * milliseconds["fast_step"] + milliseconds["slow_step"])
+    assert result["tokens_per_second"] == pytest.approx(1000 * 2 * 24 / milliseconds["training_step"])
+    assert 0 < result["peak_memory_bytes"]["process"] < 2**33
+
+    assert result["posterior_difference"] < 1e-3
+    assert result["fast_step_forwards"] == flops["fast_step"] / flops["forward"] <= 2.1
+    assert flops["published_fast_step"] == pytest.approx(3 * flops["forward"], rel=1e-3)
+
+    assert "training step" in done.stdout and f"{result['speedup']:.2f} times" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--batch-size", "0"], "argument --batch-size: must be an integer of 1 or more, got '0'"),
+        (["--preset", "ltm-huge"], "argument --preset: invalid choice: 'ltm-huge'"),
+        (["--output", "no/such/folder/step.json"], "--output: there is no folder no/such/folder."),
+    ],
+)
+def test_bad_input_is_named(arguments, sentence):
+    done = run(*arguments)
+    assert done.returncode == 2 and sentence in done.stderr
