@@ -23,7 +23,6 @@ from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
 PAPER = dict(tokenizer="gpt2", save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000)
 RECIPES = {
     "ltm-tiny": dict(
-        train_tokenizer=2048,
         max_steps=500,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=32,
@@ -58,16 +57,18 @@ class DataArguments:
     files: list[str] | None = field(default=None, metadata={"help": "Local text, json or parquet files instead."})
     text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
     streaming: bool = field(default=False, metadata={"help": "Read the data while training."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Name or folder of a tokenizer."})
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Name or folder of a tokenizer; paper's presets: gpt2."}
+    )
     train_tokenizer: int | None = field(
-        default=None, metadata={"help": "Train a byte-level BPE of so many entries instead; default: the preset's."}
+        default=None, metadata={"help": "Train a byte-level BPE of so many entries instead; ltm-tiny: 2048."}
     )
     block_size: int | None = field(default=None, metadata={"help": "Tokens of a block; default: the model's most."})
     eval_blocks: int = field(default=128, metadata={"help": "Validation blocks for each figure."})
     prompt: str = field(default="The people of the United States", metadata={"help": "Text to complete at the end."})
 
 
-def prepare_data(data, block_size):
+def prepare_data(data, config):
     """The tokenizer, blocks to train on, and a fixed choice of blocks to validate on."""
     corpus = load_corpus(
         data.files or data.dataset_name,
@@ -75,11 +76,12 @@ def prepare_data(data, block_size):
         text_column=data.text_column,
         streaming=data.streaming,
     )
-    if data.train_tokenizer:
-        tokenizer = train_tokenizer((row["text"] for row in corpus["train"]), data.train_tokenizer)
-    else:
+    if data.tokenizer and not data.train_tokenizer:
         tokenizer = load_tokenizer(data.tokenizer)
-    blocks = pack(corpus, tokenizer, block_size)
+    else:
+        texts = (row["text"] for row in corpus["train"])
+        tokenizer = train_tokenizer(texts, data.train_tokenizer or config.vocab_size)
+    blocks = pack(corpus, tokenizer, data.block_size or config.max_position_embeddings)
     if data.streaming:
         return tokenizer, blocks["train"], list(blocks["validation"].take(data.eval_blocks))
     validation = blocks["validation"].shuffle(seed=0)
@@ -119,9 +121,8 @@ def main():
     model_args, data_args, args = parser.parse_args_into_dataclasses()
     overrides = json.loads(model_args.config_overrides)
 
-    block_size = data_args.block_size or preset_config(preset, **overrides).max_position_embeddings
     with args.main_process_first(desc="data"):
-        tokenizer, train_blocks, eval_blocks = prepare_data(data_args, block_size)
+        tokenizer, train_blocks, eval_blocks = prepare_data(data_args, preset_config(preset, **overrides))
     overrides |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     overrides["vocab_size"] = len(tokenizer)
 

@@ -161,9 +161,9 @@ class LTMConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
-        if self.sliding_window is not None and self.sliding_window < 1:
+        if self.sliding_window is not None and self.sliding_window < 2:  # transformers' cache cannot hold a window of 1
             raise ValueError(
-                f"sliding_window must be 1 or more, or None for full attention, got {self.sliding_window}."
+                f"sliding_window must be 2 or more, or None for full attention, got {self.sliding_window}."
             )
         if self.num_latents < 0 or self.num_latents % self.num_hidden_layers:
             raise ValueError(
@@ -186,6 +186,13 @@ class LTMConfig(PreTrainedConfig):
             },
         )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, which would load a checkpoint of another architecture with no more than a warning."""
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(f"This is the checkpoint of a {config_dict['model_type']!r} model, not of an LTM.")
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def latents_per_layer(self) -> int:

@@ -32,13 +32,15 @@ class LTMGenerationMixin(GenerationMixin):
 
         Raises ValueError for bad input before any computation, and for `inputs_embeds` without token ids.
         """
-        settings = self._pop_inference_settings(generation_config, kwargs)
+        settings, sample_latents = self._pop_inference_settings(generation_config, kwargs)
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if not self.config.num_latents:
             if latents is not None:
                 raise ValueError("This model was built with num_latents=0 and takes no latents.")
-            return super().generate(inputs, generation_config, *args, **kwargs)
+            if input_ids is not None:
+                check_sequences(self, input_ids)
+            return super().generate(input_ids, generation_config, *args, **kwargs)
 
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if input_ids is None:
             if kwargs.get("inputs_embeds") is not None:
                 raise ValueError("Latents are inferred from token ids: pass input_ids (inputs_embeds alone has none).")
@@ -54,13 +56,23 @@ class LTMGenerationMixin(GenerationMixin):
 
         if kwargs.get("latent_key_values") is None:
             if latents is None:
-                sample = settings.pop("sample_latents")
                 posterior = infer_posterior(self, input_ids, attention_mask, **settings)
-                latents = posterior.sample() if sample else posterior.mean
+                latents = posterior.sample() if sample_latents else posterior.mean
             elif len(latents) != len(input_ids):
                 raise ValueError(f"There are latents for {len(latents)} sequences and prompts for {len(input_ids)}.")
             kwargs["latent_key_values"] = self.project_latents(latents)
         return super().generate(input_ids, generation_config, *args, **kwargs)
+
+    def generate_batch(self, *args, **kwargs):
+        """Refused: continuous batching packs requests into one row, which has no latents for each of them."""
+        raise NotImplementedError("Continuous batching cannot give each request latents of its own; use generate().")
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        # A draft model has latents of its own shape, or none: it infers its own.
+        if kwargs.get("assistant_model") is not None:
+            others = {name: value for name, value in kwargs["model_kwargs"].items() if name != "latent_key_values"}
+            kwargs["model_kwargs"] = others
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _setting(self, generation_config, kwargs, name):
         """A setting of this call: the keyword, else the given generation config's, else the model's own."""
@@ -69,16 +81,16 @@ class LTMGenerationMixin(GenerationMixin):
                 return value
         return getattr(self.generation_config, name, None)
 
-    def _pop_inference_settings(self, generation_config, kwargs) -> dict:
-        """The arguments of `infer_posterior` for this call, and `sample_latents`; taken out of `kwargs`."""
+    def _pop_inference_settings(self, generation_config, kwargs) -> tuple[dict, bool]:
+        """The arguments of `infer_posterior` for this call, checked, and `sample_latents`; taken out of `kwargs`."""
         settings = {name: self._setting(generation_config, kwargs, name) for name in _SETTINGS}
         for name in _SETTINGS:
             kwargs.pop(name, None)
-        if settings["sample_latents"] is None:
-            settings["sample_latents"] = bool(self._setting(generation_config, kwargs, "do_sample"))
-        settings["noise"] = settings.pop("inference_noise")
-        settings["seed"] = settings.pop("inference_seed")
-        return settings
+        seed, sample_latents = settings.pop("inference_seed"), settings.pop("sample_latents")
+        InferenceSettings.of(self.config, **settings)
+        if sample_latents is None:
+            sample_latents = bool(self._setting(generation_config, kwargs, "do_sample"))
+        return settings | {"noise": settings.pop("inference_noise"), "seed": seed}, sample_latents
 
     def _padding_mask(self, input_ids, generation_config, kwargs) -> torch.Tensor:
         """The mask that transformers would make: padding is told by its token where that is not the end of text."""

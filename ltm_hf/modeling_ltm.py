@@ -131,6 +131,8 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
                 self.cross_attention_gate = nn.Identity()
             else:
                 self.cross_attention_gate = LTMGate(config.hidden_size, config.cross_attention_gate_init)
+            self.cross_attn.o_proj.adds_to_residual = True
+        self.self_attn.o_proj.adds_to_residual = True
 
     def forward(
         self,
@@ -183,10 +185,11 @@ class LTMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LTMGate):
             init.constant_(module.weight, module.start)
-        elif isinstance(module, (MistralAttention, LTMCrossAttention)):
-            # Two attentions a layer add to the residual stream: keep its variance independent of depth.
+        elif getattr(module, "adds_to_residual", False):
+            # Two attentions a layer add to the residual stream: keep its variance independent of depth. The mark is on
+            # the projection: in code that is not its own, transformers passes over modules that only hold others.
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
-            init.normal_(module.o_proj.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)
 
 
 class LTMModel(LTMPreTrainedModel):

@@ -127,6 +127,8 @@ class LatentPosterior:
 
 def sample_prior(model, batch_size: int, seed: int | None = None) -> torch.Tensor:
     """(batch_size, L, N, D) float32 latents from N(0, I). `seed=None` draws one from torch's global generator."""
+    if not model.config.num_latents:
+        raise ValueError("This model was built with num_latents=0: it has no latents to draw.")
     keys = torch.arange(batch_size, device=model.device)
     return keyed_normal(keys, model.config.latent_shape, _drawn_seed(seed), _SAMPLE)
 
@@ -136,20 +138,26 @@ def sample_prior(model, batch_size: int, seed: int | None = None) -> torch.Tenso
 
 def check_sequences(model, input_ids, attention_mask=None, labels=None) -> None:
     """Refuse, with a ValueError, token ids, masks and labels that do not fit the model or each other."""
-    if input_ids.ndim != 2 or input_ids.dtype not in (torch.long, torch.int):
-        raise ValueError(
-            f"input_ids must be a (batch, tokens) tensor of integers, got {input_ids.dtype} {tuple(input_ids.shape)}."
-        )
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be (batch, tokens), got the shape {tuple(input_ids.shape)}.")
     for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(
                 f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(tensor.shape)}."
             )
-    if input_ids.numel():
-        low, high = (int(bound) for bound in input_ids.aminmax())
+    for name, tokens in (("input_ids", input_ids), ("labels", labels)):
+        if tokens is None:
+            continue
+        if tokens.dtype not in (torch.long, torch.int):
+            raise ValueError(f"{name} must be integers, got {tokens.dtype}.")
+        if name == "labels":
+            tokens = tokens[tokens != IGNORED]
+        if not tokens.numel():
+            continue
+        low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= model.config.vocab_size:
             raise ValueError(
-                f"input_ids must be at least 0 and below vocab_size ({model.config.vocab_size}), "
+                f"{name} must be at least 0 and below vocab_size ({model.config.vocab_size}), "
                 f"got {low if low < 0 else high}."
             )
 
@@ -172,7 +180,7 @@ def negative_log_likelihood(model, input_ids, latents=None, attention_mask=None,
     logits = model(input_ids=input_ids, attention_mask=attention_mask, latents=latents, use_cache=False).logits
     targets = scored_tokens(input_ids, attention_mask, labels)
     losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        logits[:, :-1].float().flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view(targets.shape).sum(dim=1)
 
@@ -202,6 +210,8 @@ def elbo(
     epsilon: (B, L, N, D) noise to use instead, for one particle. Differentiable; wrap it in `torch.no_grad` to score.
     """
     check_sequences(model, input_ids, attention_mask, labels)
+    if epsilon is not None and epsilon.shape != posterior.mean.shape:
+        raise ValueError(f"epsilon must have the shape {tuple(posterior.mean.shape)}, got {tuple(epsilon.shape)}.")
     if num_particles < 1 or (epsilon is not None and num_particles != 1):
         raise ValueError(f"num_particles must be 1 or more, and 1 with a given epsilon; got {num_particles}.")
     nll = 0
@@ -291,15 +301,32 @@ def step_size(settings: InferenceSettings, step: int) -> float:
 
 @contextmanager
 def frozen(module: torch.nn.Module):
-    """No parameter of `module` requires a gradient inside; what it was before is restored on the way out."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """A fixed function inside: no parameter requires a gradient, no attention weight is dropped out. Restored after.
+
+    Training mode is left on, since gradient checkpointing depends on it.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+    dropouts = [(m, m.attention_dropout) for m in module.modules() if getattr(m, "attention_dropout", 0)]
     for parameter in trainable:
         parameter.requires_grad_(False)
+    for attention, _ in dropouts:
+        attention.attention_dropout = 0.0
     try:
         yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+        for attention, dropout in dropouts:
+            attention.attention_dropout = dropout
+
+
+def _differentiable(model) -> Callable:
+    """The model; for one built in inference mode, whose tensors autograd cannot save, its forward on copies."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    if not any(tensor.is_inference() for tensor in tensors.values()):
+        return model
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return lambda **inputs: torch.func.functional_call(model, copies, kwargs=inputs)
 
 
 class _BestFinite:
@@ -407,6 +434,7 @@ def infer_posterior(
         keys = sequence_keys(input_ids, mask)
         nothing_to_explain = (scored_tokens(input_ids, attention_mask, labels) == IGNORED).all(dim=1)
         mean, log_variance = _start(model, settings, keys, seed, initial_posterior)
+        decoder = _differentiable(model)
         optimizer = INFERENCE_OPTIMIZERS[settings.inference_optimizer](mean, log_variance, settings)
         best = _BestFinite(mean)
         trace = []
@@ -418,7 +446,7 @@ def infer_posterior(
                 noise_now = epsilon[step] if epsilon.ndim == 5 else epsilon
             now = LatentPosterior(optimizer.mean, optimizer.log_variance)
             latents = now.reparameterize(noise_now).detach().requires_grad_()
-            nll = negative_log_likelihood(model, input_ids, latents, attention_mask, labels)
+            nll = negative_log_likelihood(decoder, input_ids, latents, attention_mask, labels)
             (gradient,) = torch.autograd.grad(nll.sum(), latents)
             with torch.no_grad():
                 trace.append(-(nll + now.kl_divergence()))

@@ -75,20 +75,20 @@ def convert_config(params: dict, intermediate_size: int, tie_word_embeddings: bo
         raise ValueError(f"The hyper-parameters lack {missing}.") from None
 
 
-def convert_state_dict(weights: dict[str, torch.Tensor], config: LTMConfig) -> dict[str, torch.Tensor]:
-    """Names and row order of `LTMForCausalLM`. Raises ValueError for a tensor that has no place there."""
-    converted, left_over = {}, []
+def rename(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors by their names in `LTMForCausalLM`. Raises ValueError where one has no place, or two have one."""
+    renamed, left_over = {}, []
     for name, tensor in weights.items():
         new_name = converted_name(name)
         if new_name is None:
             left_over.append(name)
-            continue
-        if new_name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = _halves_from_pairs(tensor, config.head_dim)
-        converted[new_name] = tensor
+        elif new_name in renamed:
+            raise ValueError(f"The checkpoint has two tensors for {new_name}; one is {name}.")
+        else:
+            renamed[new_name] = tensor
     if left_over:
         raise ValueError(f"The checkpoint has tensors without a place in the model: {', '.join(sorted(left_over))}.")
-    return converted
+    return renamed
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -109,36 +109,36 @@ def convert(weights_path: str | Path, params_path: str | Path) -> LTMForCausalLM
 
     Raises ValueError for missing, left-over or misshapen tensors, FileNotFoundError for missing files.
     """
-    weights = {name.replace("_orig_mod.", ""): tensor for name, tensor in load_weights(weights_path).items()}
+    weights = rename(load_weights(weights_path))
     if not Path(params_path).is_file():
         raise FileNotFoundError(f"There is no file {params_path}.")
     params = json.loads(Path(params_path).read_text())
 
     # The two are one tensor in the released code; files without duplicates keep only one of them.
-    embedding, output = weights.get("tok_embeddings.weight"), weights.get("output.weight")
-    tied = embedding is None or output is None or torch.equal(embedding, output)
-    if tied and (embedding is None) != (output is None):
-        weights["tok_embeddings.weight"] = weights["output.weight"] = output if embedding is None else embedding
+    tied_names = ("model.embed_tokens.weight", "lm_head.weight")
+    embeddings = [weights[name] for name in tied_names if name in weights]
+    tied = len(embeddings) < 2 or torch.equal(*embeddings)
+    if len(embeddings) == 1:
+        weights |= dict.fromkeys(tied_names, embeddings[0])
 
-    up_names = ("feed_forward.w3.weight", "feed_forward.up_proj.weight")
-    up_proj = next((tensor for name, tensor in weights.items() if name.endswith(up_names)), None)
+    up_proj = weights.get("model.layers.0.mlp.up_proj.weight")
     if up_proj is None:
         raise ValueError("The checkpoint lacks the feed-forward weights (feed_forward.w3 or feed_forward.up_proj).")
-    config = convert_config(params, intermediate_size=up_proj.shape[0], tie_word_embeddings=tied)
-    converted = convert_state_dict(weights, config)
+    model = LTMForCausalLM(convert_config(params, intermediate_size=up_proj.shape[0], tie_word_embeddings=tied)).float()
 
-    model = LTMForCausalLM(config).float()
     expected = model.state_dict()
-    if missing := sorted(set(expected) - set(converted)):
+    if missing := sorted(set(expected) - set(weights)):
         raise ValueError(f"The checkpoint lacks tensors: {', '.join(missing)}.")
-    if left_over := sorted(set(converted) - set(expected)):
+    if left_over := sorted(set(weights) - set(expected)):
         raise ValueError(f"The checkpoint has tensors without a place in the model: {', '.join(left_over)}.")
-    for name, tensor in converted.items():
+    for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"{name} should be {tuple(expected[name].shape)}, the checkpoint's is {tuple(tensor.shape)}."
             )
-    model.load_state_dict(converted)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            weights[name] = _halves_from_pairs(tensor, model.config.head_dim)
+    model.load_state_dict(weights)
     return model
 
 

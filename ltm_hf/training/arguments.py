@@ -26,6 +26,9 @@ class LTMTrainingArguments(TrainingArguments):
     lr_scheduler_kwargs: dict | str | None = field(
         default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule, as JSON."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "The slow step uses every parameter, so that DDP need not look for others."}
+    )
 
     num_inference_steps: int | None = field(
         default=None, metadata={"help": "Fast steps on the latents for each slow step; default: the model's."}

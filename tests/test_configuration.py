@@ -1,0 +1,100 @@
+import json
+
+import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig, LlamaConfig
+
+from ltm_hf import LTMConfig
+from ltm_hf.configuration_ltm import InferenceSettings
+
+
+def test_defaults_are_filled_in():
+    config = LTMConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=4, num_latents=12)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
+    assert (config.latents_per_layer, config.latent_shape) == (4, (3, 4, 64))
+    assert config.latent_position_stride == 1024 // 12
+    assert config.layer_types == ["sliding_attention"] * 3
+    assert config.rope_parameters["rope_theta"] == 10000.0
+
+
+def test_without_window_and_latents():
+    config = LTMConfig(num_latents=0, sliding_window=None)
+    assert config.layer_types == ["full_attention"] * 3
+    assert config.latents_per_layer == 0 and config.latent_position_stride is None
+
+
+def test_more_latents_than_positions():
+    assert LTMConfig(num_latents=2048 * 3, max_position_embeddings=1024).latent_position_stride == 1
+
+
+def test_rope_theta_is_folded_in():
+    assert LTMConfig(rope_theta=500.0).rope_parameters["rope_theta"] == 500.0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (dict(num_latents=25), r"num_latents \(25\).*multiple of num_hidden_layers \(3\)"),
+        (dict(num_latents=-3), "num_latents"),
+        (dict(num_attention_heads=8, num_key_value_heads=3), "num_attention_heads.*num_key_value_heads"),
+        (dict(hidden_size=30, num_attention_heads=8), "hidden_size.*num_attention_heads"),
+        (dict(hidden_size=24, num_attention_heads=8), "head_dim must be even.*3"),
+        (dict(sliding_window=1), "sliding_window"),
+        (dict(vocab_size=0), "vocab_size"),
+        (dict(num_hidden_layers=0), "num_hidden_layers"),
+        (dict(num_inference_steps=-1), "num_inference_steps.*-1"),
+        (dict(inference_learning_rate=0), "inference_learning_rate.*positive"),
+        (dict(inference_learning_rate=-0.1), "inference_learning_rate.*positive"),
+        (dict(inference_learning_rate=float("nan")), "inference_learning_rate.*finite"),
+        (dict(inference_learning_rate=float("inf")), "inference_learning_rate.*finite"),
+        (dict(inference_weight_decay=-0.1), "inference_weight_decay"),
+        (dict(inference_optimizer="sgd"), "inference_optimizer.*natural, adamw.*sgd"),
+        (dict(inference_lr_schedule="linear"), "inference_lr_schedule.*constant, cosine, inverse.*linear"),
+        (dict(inference_precision="full"), "inference_precision.*stein, unit.*full"),
+        (dict(inference_noise="none"), "inference_noise.*fresh, fixed.*none"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        LTMConfig(**overrides)
+
+
+@pytest.mark.parametrize("overrides", [dict(num_latents="24"), dict(inference_noise=1), dict(sliding_window=2.5)])
+def test_wrong_types(overrides):
+    with pytest.raises(StrictDataclassFieldValidationError):
+        LTMConfig(**overrides)
+    (name, value), config = next(iter(overrides.items())), LTMConfig()
+    with pytest.raises(StrictDataclassFieldValidationError):
+        setattr(config, name, value)
+
+
+def test_settings_take_overrides_that_are_given():
+    config = LTMConfig(num_inference_steps=7, inference_learning_rate=0.2)
+    settings = InferenceSettings.of(config, num_inference_steps=None, inference_learning_rate=0.4)
+    assert (settings.num_inference_steps, settings.inference_learning_rate) == (7, 0.4)
+    assert InferenceSettings.of(config, num_inference_steps=0).num_inference_steps == 0
+
+
+@pytest.mark.parametrize("overrides", [{}, dict(num_latents=0), dict(sliding_window=None, num_latents=6)])
+def test_round_trip(tmp_path, overrides):
+    config = LTMConfig(num_key_value_heads=2, inference_optimizer="adamw", rope_theta=500.0, **overrides)
+    config.save_pretrained(tmp_path)
+    for loaded in (LTMConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is LTMConfig
+        assert loaded.to_diff_dict() == config.to_diff_dict()
+    assert LTMConfig.from_pretrained(tmp_path, num_inference_steps=9).num_inference_steps == 9
+
+
+def test_saved_folder_names_the_code_of_all_three_classes(tmp_path):
+    LTMConfig().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_ltm.LTMConfig",
+        "AutoModel": "modeling_ltm.LTMModel",
+        "AutoModelForCausalLM": "modeling_ltm.LTMForCausalLM",
+    }
+
+
+def test_configuration_of_another_architecture(tmp_path):
+    LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="llama"):
+        LTMConfig.from_pretrained(tmp_path)

@@ -1,0 +1,373 @@
+import json
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from ltm_hf import LTMForCausalLM, preset_config
+
+# Three windows and more, and no early end.
+GREEDY = dict(do_sample=False, max_new_tokens=14, min_new_tokens=14)
+
+
+@pytest.fixture
+def prompts(make_ids):
+    return make_ids(length=7)
+
+
+def continuation(ids, prompt_length):
+    return ids[:, prompt_length:].tolist()
+
+
+def manual_greedy(model, prompt, latents, new_tokens):
+    """Greedy decoding one token at a time from the whole text, without generate()."""
+    ids = prompt
+    for _ in range(new_tokens):
+        logits = model(ids, latents=latents).logits[:, -1]
+        logits[:, model.config.eos_token_id] = -torch.inf
+        ids = torch.cat((ids, logits.argmax(dim=-1, keepdim=True)), dim=1)
+    return ids
+
+
+# ------------------------------------------------------------------ what is inferred, and from what
+
+
+@torch.no_grad()
+def test_greedy_reads_the_posterior_mean_of_the_prompt(model, prompts):
+    posterior = model.infer_posterior(prompts)
+    expected = manual_greedy(model, prompts, posterior.mean, 14)
+    assert torch.equal(model.generate(prompts, **GREEDY), expected)
+    assert torch.equal(model.generate(input_ids=prompts, **GREEDY), expected)
+    assert torch.equal(model.generate(prompts, latents=posterior.mean, **GREEDY), expected)
+    assert not torch.equal(model.generate(prompts, latents=torch.zeros_like(posterior.mean), **GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "settings"),
+    [
+        (dict(num_inference_steps=9), dict(num_inference_steps=9)),
+        (dict(num_inference_steps=0), dict(num_inference_steps=0)),
+        (
+            dict(inference_optimizer="adamw", inference_learning_rate=0.3),
+            dict(inference_optimizer="adamw", inference_learning_rate=0.3),
+        ),
+        (dict(inference_lr_schedule="constant"), dict(inference_lr_schedule="constant")),
+        (dict(inference_precision="unit"), dict(inference_precision="unit")),
+        (dict(inference_noise="fixed", num_inference_steps=4), dict(noise="fixed", num_inference_steps=4)),
+        (dict(inference_seed=3), dict(seed=3)),
+    ],
+    ids=lambda value: "-".join(map(str, value)),
+)
+@pytest.mark.parametrize("given_in", ["keywords", "generation config"])
+def test_settings_of_one_call(model, prompts, kwargs, settings, given_in):
+    posterior = model.infer_posterior(prompts, **settings)
+    expected = model.generate(prompts, latents=posterior.mean, **GREEDY)
+    if given_in == "keywords":
+        actual = model.generate(prompts, **GREEDY, **kwargs)
+    else:
+        actual = model.generate(prompts, GenerationConfig(**GREEDY, **kwargs, pad_token_id=0, eos_token_id=2))
+    assert torch.equal(actual, expected)
+    assert not torch.allclose(posterior.mean, model.infer_posterior(prompts).mean)
+
+
+def test_more_steps_have_an_effect(model, make_ids):
+    prompts = make_ids(rows=8, length=7)
+    few, many = (model.generate(prompts, num_inference_steps=steps, **GREEDY) for steps in (0, 16))
+    assert not torch.equal(few, many)
+
+
+def test_inference_runs_once_a_call(model, prompts, monkeypatch):
+    calls, project = [], model.project_latents
+    monkeypatch.setattr(model, "project_latents", lambda latents: calls.append(latents.shape) or project(latents))
+    model.generate(prompts, num_beams=3, num_return_sequences=2, **GREEDY)
+    assert calls == [(3, 2, 2, 32)]
+
+
+def test_settings_are_saved_reloaded_and_in_effect(model, prompts, tmp_path):
+    model.generation_config.num_inference_steps = 7
+    model.generation_config.inference_seed = 5
+    model.generation_config.inference_noise = "fixed"
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (saved["num_inference_steps"], saved["inference_seed"], saved["inference_noise"]) == (7, 5, "fixed")
+    loaded = LTMForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.num_inference_steps == 7
+    posterior = model.infer_posterior(prompts, num_inference_steps=7, seed=5, noise="fixed")
+    expected = model.generate(prompts, latents=posterior.mean, **GREEDY)
+    for ours in (model, loaded):
+        assert torch.equal(ours.generate(prompts, **GREEDY), expected)
+    # A call's own settings go first.
+    posterior = model.infer_posterior(prompts, num_inference_steps=1, seed=5, noise="fixed")
+    expected = model.generate(prompts, latents=posterior.mean, **GREEDY)
+    assert torch.equal(loaded.generate(prompts, num_inference_steps=1, **GREEDY), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert LTMForCausalLM.from_pretrained(tmp_path / "again").generation_config.inference_seed == 5
+
+
+def test_model_without_saved_settings(model, prompts, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    loaded = LTMForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(prompts, **GREEDY), model.generate(prompts, **GREEDY))
+
+
+# ------------------------------------------------------------------ decoding
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(cache_implementation="static"), dict(prefill_chunk_size=3)], ids=str)
+def test_caches_change_nothing(model, prompts, kwargs):
+    uncached = model.generate(prompts, use_cache=False, **GREEDY)
+    assert uncached.shape == (3, 21)
+    assert torch.equal(model.generate(prompts, **GREEDY, **kwargs), uncached)
+
+
+@pytest.mark.parametrize("overrides", [dict(sliding_window=None), dict(num_latents=0), dict(sliding_window=2)])
+def test_other_models(make_model, prompts, overrides):
+    model = make_model(**overrides)
+    latents = model.infer_posterior(prompts).mean if model.config.num_latents else None
+    expected = manual_greedy(model, prompts, latents, 14)
+    assert torch.equal(model.generate(prompts, **GREEDY), expected)
+    assert torch.equal(model.generate(prompts, use_cache=False, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(inference_optimizer="adamw", inference_learning_rate=0.3)], ids=str)
+@pytest.mark.parametrize("mask_given", [True, False])
+@pytest.mark.parametrize("kwargs", [{}, dict(num_beams=3), dict(cache_implementation="static")], ids=str)
+def test_left_padded_rows_read_as_alone(model, prompts, pad_rows, settings, mask_given, kwargs):
+    rows = [prompts[0], prompts[1, :3], prompts[2, :1]]
+    batch, mask = pad_rows(rows, "left")
+    given = dict(attention_mask=mask) if mask_given else {}
+    together = continuation(model.generate(batch, **given, **GREEDY, **settings, **kwargs), batch.shape[1])
+    for row, text in zip(rows, together, strict=True):
+        alone = model.generate(row[None], **GREEDY, **settings, **kwargs)
+        assert continuation(alone, len(row)) == [text]
+
+
+def test_mask_counts_where_padding_is_an_ordinary_token(model, prompts, pad_rows):
+    batch, mask = pad_rows([prompts[0], prompts[1, :3]], "left", fill=9)
+    together = continuation(model.generate(batch, attention_mask=mask, **GREEDY), batch.shape[1])
+    alone = continuation(model.generate(prompts[1:2, :3], **GREEDY), 3)
+    assert together[1:] == alone
+    assert continuation(model.generate(batch, **GREEDY), batch.shape[1])[1:] != alone
+
+
+def test_padding_with_the_end_of_text_is_read(model, prompts, pad_rows):
+    """As in transformers: without a mask, an end of text is a token like any other."""
+    batch, _ = pad_rows([prompts[0], prompts[1, :3]], "left", fill=2)
+    posterior = model.infer_posterior(batch)
+    expected = model.generate(batch, latents=posterior.mean, pad_token_id=2, **GREEDY)
+    assert torch.equal(model.generate(batch, pad_token_id=2, **GREEDY), expected)
+
+
+@torch.no_grad()
+def test_beams(model, prompts):
+    latents = model.infer_posterior(prompts).mean
+    settings = GREEDY | dict(num_beams=4)
+    beams = model.generate(prompts, **settings)
+    assert torch.equal(beams, model.generate(prompts, use_cache=False, **settings))
+
+    def score(ids):
+        log_probabilities = model(ids, latents=latents).logits[:, 6:-1].log_softmax(-1)
+        return log_probabilities.gather(-1, ids[:, 7:, None]).sum()
+
+    assert score(beams) > score(model.generate(prompts, **GREEDY))
+    several = model.generate(prompts, num_return_sequences=4, **settings)
+    assert torch.equal(several[::4], beams)
+    assert len({tuple(row) for row in several[:4].tolist()}) == 4
+
+
+def test_sampling_follows_the_global_generator(model, prompts):
+    kwargs = GREEDY | dict(do_sample=True, num_return_sequences=3)
+    torch.manual_seed(0)
+    first, second = model.generate(prompts, **kwargs), model.generate(prompts, **kwargs)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(prompts, **kwargs), first)
+    assert not torch.equal(first, second)
+    assert first.shape == (9, 21)
+    assert torch.equal(first[:, :7], prompts.repeat_interleave(3, dim=0))
+
+
+def test_sampling_uses_the_cache_rightly(model, prompts):
+    texts = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        texts.append(model.generate(prompts, **GREEDY | dict(do_sample=True), use_cache=use_cache))
+    assert torch.equal(*texts)
+
+
+def test_sampled_or_mean_latents(model, prompts, monkeypatch):
+    seen, project = [], model.project_latents
+    monkeypatch.setattr(model, "project_latents", lambda latents: seen.append(latents) or project(latents))
+    posterior = model.infer_posterior(prompts)
+
+    def read(**kwargs):
+        torch.manual_seed(0)
+        model.generate(prompts, max_new_tokens=2, **kwargs)
+        return seen[-1]
+
+    torch.manual_seed(0)
+    sample = posterior.sample()
+    assert torch.equal(read(do_sample=False), posterior.mean)
+    assert torch.equal(read(), posterior.mean)
+    assert torch.equal(read(do_sample=True), sample)
+    assert torch.equal(read(do_sample=True, sample_latents=False), posterior.mean)
+    assert torch.equal(read(do_sample=False, sample_latents=True), sample)
+    assert torch.equal(read(generation_config=GenerationConfig(do_sample=True)), sample)
+
+
+def test_greedy_calls_agree_and_leave_the_generator_alone(model, prompts):
+    before = torch.get_rng_state()
+    first = model.generate(prompts, **GREEDY)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(model.generate(prompts, **GREEDY), first)
+
+
+def test_training_state_is_left_alone(model, prompts):
+    model.train()
+    model(prompts, labels=prompts).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.generate(prompts, **GREEDY)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (name not in gradients), name
+        assert parameter.grad is None or torch.equal(parameter.grad, gradients[name]), name
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_inside_no_grad_and_inference_mode(model, prompts, context):
+    expected = model.generate(prompts, **GREEDY)
+    with context():
+        assert torch.equal(model.generate(prompts + 0, **GREEDY), expected)
+        assert torch.equal(model.generate(prompts[:1] + 0, **GREEDY), expected[:1])
+
+
+# The oldest transformers cannot take rejected tokens out of a full sliding cache: the window is longer than the text.
+def test_prompt_lookup(make_model, prompts):
+    model, prompt = make_model(sliding_window=64), prompts[:1].repeat(1, 3)
+    expected = model.generate(prompt, **GREEDY)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **GREEDY), expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [dict(num_hidden_layers=1, num_latents=1), dict(num_hidden_layers=3, num_latents=3), dict(num_latents=0)],
+    ids=["fewer layers", "more layers", "baseline"],
+)
+def test_assisted_decoding(make_model, prompts, overrides):
+    """A draft model only proposes: the text is the model's own. A draft has latents of its own shape, or none."""
+    model, draft = make_model(sliding_window=64), make_model(sliding_window=64, **overrides)
+    expected = model.generate(prompts[:1], **GREEDY)
+    assert torch.equal(model.generate(prompts[:1], assistant_model=draft, **GREEDY), expected)
+
+
+def test_continuing_from_a_cache(model, prompts):
+    latents = model.infer_posterior(prompts).mean
+    first = model.generate(prompts, latents=latents, return_dict_in_generate=True, **GREEDY)
+    more = model.generate(first.sequences, latents=latents, past_key_values=first.past_key_values, **GREEDY)
+    expected = model.generate(prompts, latents=latents, **GREEDY | dict(max_new_tokens=28, min_new_tokens=28))
+    assert torch.equal(more, expected)
+
+
+def test_bfloat16(make_model, prompts):
+    model = make_model().bfloat16()
+    assert torch.equal(model.generate(prompts, **GREEDY), model.generate(prompts, **GREEDY))
+    latents = model.infer_posterior(prompts).mean
+    assert torch.equal(model.generate(prompts, latents=latents, **GREEDY), model.generate(prompts, **GREEDY))
+
+
+def test_tiny_preset():
+    model = LTMForCausalLM(preset_config("ltm-tiny", pad_token_id=0))
+    prompt = torch.arange(2, 10)[None]
+    assert torch.equal(model.generate(prompt, **GREEDY), model.generate(prompt, use_cache=False, **GREEDY))
+
+
+# ------------------------------------------------------------------ without a prompt
+
+
+@torch.no_grad()
+def test_unconditional(model):
+    latents = model.sample_prior(4, seed=1)
+    texts = model.generate(latents=latents, **GREEDY)
+    assert texts.shape == (4, 15) and (texts[:, 0] == model.config.bos_token_id).all()
+    assert torch.equal(texts, manual_greedy(model, torch.ones(4, 1, dtype=torch.long), latents, 14))
+    assert len({tuple(text) for text in texts.tolist()}) == 4
+
+
+def test_nothing_to_infer_from(model):
+    """From the begin-of-text token alone: the prior's mean, or a sample of the prior when sampling."""
+    assert torch.equal(model.generate(**GREEDY), model.generate(latents=torch.zeros(1, 2, 2, 32), **GREEDY))
+    prompts = torch.full((4, 1), model.config.bos_token_id)
+    torch.manual_seed(0)
+    latents = model.infer_posterior(prompts).sample()
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
+    assert model.generate(**GREEDY | dict(do_sample=True)).shape == (1, 15)
+
+
+def test_no_prompt_and_no_bos_token(make_model):
+    model = make_model(bos_token_id=None)
+    with pytest.raises(ValueError, match="bos_token_id"):
+        model.generate(latents=model.sample_prior(2, seed=0), max_new_tokens=2)
+    assert model.generate(latents=model.sample_prior(2, seed=0), bos_token_id=1, **GREEDY).shape == (2, 15)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        (dict(latents=torch.zeros(2, 2, 2, 32)), "latents for 2 sequences and prompts for 3"),
+        (dict(latents=torch.zeros(3, 4, 32)), r"latents.*\(3, 4, 32\)"),
+        (dict(num_inference_steps=-1), "num_inference_steps.*-1"),
+        (dict(inference_learning_rate=0.0), "inference_learning_rate.*positive"),
+        (dict(inference_learning_rate=float("nan")), "inference_learning_rate.*finite"),
+        (dict(inference_optimizer="sgd"), "inference_optimizer.*sgd"),
+        (dict(inference_lr_schedule="linear"), "inference_lr_schedule.*linear"),
+        (dict(inference_noise="none"), "inference_noise.*none"),
+        (dict(num_inference_step=3), "num_inference_step"),
+        (dict(latent=torch.zeros(3, 2, 2, 32)), "latent"),
+        (dict(attention_mask=torch.ones(3, 6)), r"attention_mask.*\(3, 7\).*\(3, 6\)"),
+    ],
+)
+def test_bad_arguments(model, prompts, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        model.generate(prompts, max_new_tokens=2, **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [dict(num_inference_steps=-1), dict(inference_optimizer="sgd")], ids=str)
+def test_bad_settings_are_refused_with_given_latents_too(model, prompts, kwargs):
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        model.generate(prompts, latents=model.sample_prior(3, seed=0), max_new_tokens=2, **kwargs)
+
+
+@pytest.mark.parametrize("num_latents", [0, 4])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda ids: ids + 58, r"below vocab_size \(61\)"),
+        (lambda ids: ids - 61, "at least 0"),
+        (lambda ids: ids.float(), "integers"),
+        (lambda ids: ids[0], r"\(batch, tokens\)"),
+    ],
+    ids=["too large", "negative", "float", "one row"],
+)
+def test_bad_tokens(make_model, prompts, num_latents, change, words):
+    with pytest.raises(ValueError, match=words):
+        make_model(num_latents=num_latents).generate(change(prompts), max_new_tokens=2)
+
+
+def test_embeddings_alone_have_no_tokens_to_infer_from(model, prompts):
+    with pytest.raises(ValueError, match="input_ids"):
+        model.generate(inputs_embeds=model.get_input_embeddings()(prompts), max_new_tokens=2)
+
+
+def test_baseline_takes_no_latents(make_model, prompts, model):
+    with pytest.raises(ValueError, match="num_latents=0"):
+        make_model(num_latents=0).generate(prompts, latents=model.sample_prior(3, seed=0), max_new_tokens=2)
+
+
+def test_continuous_batching_is_refused(model):
+    """It packs requests into one row, where each would read another's latents, or none."""
+    with pytest.raises(NotImplementedError, match="latents"):
+        model.generate_batch([[3, 4, 5]], GenerationConfig(max_new_tokens=2))

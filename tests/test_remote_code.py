@@ -1,0 +1,106 @@
+"""A saved folder works where this package is not installed: the model's code travels with it."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ltm_hf import LTMForCausalLM, LTMModel
+
+FILES = ["configuration_ltm.py", "generation_ltm.py", "modeling_ltm.py", "posterior_ltm.py"]
+
+STRANGER = """
+import json, sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ltm_hf":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+folder, again = sys.argv[1:]
+remote = dict(trust_remote_code=True)
+prompts = torch.tensor(json.loads(sys.stdin.read()))
+config = AutoConfig.from_pretrained(folder, **remote)
+base = AutoModel.from_pretrained(folder, **remote)
+model = AutoModelForCausalLM.from_pretrained(folder, **remote)
+settings = dict(max_new_tokens=10, min_new_tokens=10, do_sample=False)
+texts = model.generate(prompts, **settings).tolist()
+latents = model.sample_prior(len(prompts), seed=0)
+states = base(prompts, latents=latents).last_hidden_state
+model.save_pretrained(again)
+reloaded = AutoModelForCausalLM.from_pretrained(again, **remote)
+print(json.dumps(dict(
+    classes=[type(x).__name__ for x in (config, base, model)],
+    modules=[type(x).__module__.split(".")[0] for x in (config, base, model)],
+    texts=texts,
+    texts_again=reloaded.generate(prompts, **settings).tolist(),
+    steps=model.generation_config.num_inference_steps,
+    posterior=model.infer_posterior(prompts).mean.sum().item(),
+    states=states.sum().item(),
+    installed="ltm_hf" in sys.modules,
+)))
+"""
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.generation_config.num_inference_steps = 3
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_loads_where_the_package_is_not_installed(model, ids, folder, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(folder), str(tmp_path / "again")],
+        input=json.dumps(ids.tolist()),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    seen = json.loads(result.stdout.splitlines()[-1])
+    assert seen["classes"] == ["LTMConfig", "LTMModel", "LTMForCausalLM"]
+    assert seen["modules"] == ["transformers_modules"] * 3 and not seen["installed"]
+    assert seen["steps"] == 3
+    texts = model.generate(ids, max_new_tokens=10, min_new_tokens=10, do_sample=False).tolist()
+    assert seen["texts"] == texts and seen["texts_again"] == texts
+    assert seen["posterior"] == pytest.approx(model.infer_posterior(ids).mean.sum().item(), rel=1e-5)
+    with torch.no_grad():
+        states = model.model(ids, latents=model.sample_prior(3, seed=0)).last_hidden_state
+    assert seen["states"] == pytest.approx(states.sum().item(), abs=1e-3)
+    assert sorted(path.name for path in (tmp_path / "again").glob("*.py")) == FILES
+
+
+def test_files_and_their_imports(folder):
+    assert sorted(path.name for path in folder.glob("*.py")) == FILES
+    for name in FILES:
+        for node in ast.walk(ast.parse((folder / name).read_text())):
+            if isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] != "ltm_hf" for alias in node.names), name
+            elif isinstance(node, ast.ImportFrom) and node.level:
+                # Anything else is not copied, or fails where it is loaded.
+                assert node.level == 1 and node.module and f"{node.module}.py" in FILES, name
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module.split(".")[0] in {
+                    "collections", "contextlib", "dataclasses", "typing", "huggingface_hub", "torch", "transformers",
+                }, name  # fmt: skip
+
+
+@pytest.mark.parametrize("model_class", [LTMModel, LTMForCausalLM])
+def test_every_saved_class_loads_through_every_auto_class(make_model, tmp_path, model_class):
+    make_model(model_class).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.py")) == FILES
+    assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {
+        "AutoConfig", "AutoModel", "AutoModelForCausalLM",
+    }  # fmt: skip
