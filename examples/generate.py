@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True).eval()
     set_seed(options.seed)
     sampling = {} if options.greedy else {"temperature": options.temperature, "top_p": options.top_p}

@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,6 +121,8 @@ def main():
     )
     model_args, data_args, args = parser.parse_args_into_dataclasses()
     overrides = json.loads(model_args.config_overrides)
+    if args.device.type == "cpu" and args.world_size == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(os.cpu_count())  # accelerate launch gives a process on a CPU one thread
 
     with args.main_process_first(desc="data"):
         tokenizer, train_blocks, eval_blocks = prepare_data(data_args, preset_config(preset, **overrides))

