@@ -74,11 +74,11 @@ class LTMCrossAttention(nn.Module):
         self, latents: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """(B, N, D) latents to (B, 2, K, N, d): rotated keys, then values."""
-        latents = latents.to(self.k_proj.weight.dtype)
+        latents = latents.to(position_embeddings[0].dtype)
         heads = (*latents.shape[:-1], -1, self.head_dim)
-        keys = apply_rotary(self.k_proj(latents).view(heads).transpose(1, 2), position_embeddings)
-        values = self.v_proj(latents).view(heads).transpose(1, 2)
-        return torch.stack((keys, values), dim=1)
+        keys, values = (project(latents).view(heads).transpose(1, 2) for project in (self.k_proj, self.v_proj))
+        position_embeddings = tuple(table.to(keys.device) for table in position_embeddings)
+        return torch.stack((apply_rotary(keys, position_embeddings), values), dim=1)
 
     def forward(
         self,
@@ -132,7 +132,7 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
             else:
                 self.cross_attention_gate = LTMGate(config.hidden_size, config.cross_attention_gate_init)
             self.cross_attn.o_proj.adds_to_residual = True
-        self.self_attn.o_proj.adds_to_residual = True
+        self.self_attn.o_proj.adds_to_residual = True  # for `_init_weights`
 
     def forward(
         self,
@@ -204,11 +204,10 @@ class LTMModel(LTMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def latent_position_embeddings(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rotary tables of a layer's latents, at positions 0, s, 2s, …"""
-        positions = torch.arange(self.config.latents_per_layer, device=latents.device)
-        tables = self.rotary_emb(self.norm.weight, (positions * self.config.latent_position_stride)[None])
-        return tuple(table.to(latents.device) for table in tables)
+    def latent_position_embeddings(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rotary tables of a layer's latents, at positions 0, s, 2s, …; device and dtype are those of `like`."""
+        positions = torch.arange(self.config.latents_per_layer, device=like.device)
+        return self.rotary_emb(like, position_ids=(positions * self.config.latent_position_stride)[None])
 
     def project_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, L, N, D) latents to the keys and values (B, L, 2, K, N, d) that `forward` takes instead of them.
@@ -216,7 +215,7 @@ class LTMModel(LTMPreTrainedModel):
         Generation calls this once and reads the result at every token.
         """
         check_latents(self.config, latents)
-        tables = self.latent_position_embeddings(latents)
+        tables = self.latent_position_embeddings(latents.to(self.dtype))
         projected = [
             layer.cross_attn.project_latents(latents[:, index], tables) for index, layer in enumerate(self.layers)
         ]
@@ -272,7 +271,7 @@ class LTMModel(LTMPreTrainedModel):
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        latent_position_embeddings = None if latents is None else self.latent_position_embeddings(latents)
+        latent_position_embeddings = None if latents is None else self.latent_position_embeddings(hidden_states)
         for index, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import GenerationConfig
 
 from ltm_hf import LTMForCausalLM, preset_config
@@ -371,3 +372,12 @@ def test_continuous_batching_is_refused(model):
     """It packs requests into one row, where each would read another's latents, or none."""
     with pytest.raises(NotImplementedError, match="latents"):
         model.generate_batch([[3, 4, 5]], GenerationConfig(max_new_tokens=2))
+
+
+def test_offloaded_weights_change_nothing(make_model, prompts):
+    """Outside a module's forward an offloaded weight is an empty shell: nothing may read one there."""
+    model = make_model()
+    expected = model.generate(prompts, **GREEDY)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    assert torch.equal(model.generate(prompts, **GREEDY), expected)

@@ -17,7 +17,7 @@ DESCRIPTIONS = {
     "no_latents": "exact loss without latents",
     "prefix": "exact loss of each block's second half, latents from its first half only; compare with an AR model's",
     "prefix_no_latents": "exact loss of the same second halves, without latents",
-    "released": "log of the released protocol's perplexity: scored with the noise of the fit; NOT a bound",
+    "released": "log of the released protocol's perplexity: the fit's own noise, mean of exp over blocks; NOT a bound",
 }
 
 
