@@ -27,7 +27,7 @@ RECIPES = {
         max_steps=500,
         per_device_train_batch_size=8,
         per_device_eval_batch_size=32,
-        learning_rate=5e-3,
+        learning_rate=2e-3,
         warmup_steps=50,
         logging_steps=25,
         eval_strategy="steps",
@@ -80,8 +80,8 @@ def prepare_data(data, config):
     if data.tokenizer and not data.train_tokenizer:
         tokenizer = load_tokenizer(data.tokenizer)
     else:
-        texts = (row["text"] for row in corpus["train"])
-        tokenizer = train_tokenizer(texts, data.train_tokenizer or config.vocab_size)
+        rows = corpus["train"].take(100_000) if data.streaming else corpus["train"]
+        tokenizer = train_tokenizer((row["text"] for row in rows), data.train_tokenizer or config.vocab_size)
     blocks = pack(corpus, tokenizer, data.block_size or config.max_position_embeddings)
     if data.streaming:
         return tokenizer, blocks["train"], list(blocks["validation"].take(data.eval_blocks))

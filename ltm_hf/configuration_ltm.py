@@ -22,6 +22,7 @@ class InferenceSettings:
     inference_weight_decay: float
     inference_precision: str
     inference_noise: str
+    inference_tolerance: float | None
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "inference_optimizer": ("natural", "adamw"),
@@ -45,6 +46,9 @@ class InferenceSettings:
             raise ValueError(f"inference_learning_rate must be positive and finite, got {rate!r}.")
         if not (isinstance(decay, (int, float)) and math.isfinite(decay) and decay >= 0):
             raise ValueError(f"inference_weight_decay must be 0 or more and finite, got {decay!r}.")
+        tolerance = self.inference_tolerance
+        if tolerance is not None and not (isinstance(tolerance, (int, float)) and math.isfinite(tolerance)):
+            raise ValueError(f"inference_tolerance must be None or finite, got {tolerance!r}.")
         for name, allowed in self.CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
@@ -79,6 +83,8 @@ class LTMConfig(PreTrainedConfig):
         inference_weight_decay: of "adamw" on mean and log-variance.
         inference_precision: "stein" updates the precision of "natural" by the Stein estimate; "unit" holds it at 1.
         inference_noise: "fresh" draws new noise each step (Algorithm 1); "fixed" one for the loop (released code).
+        inference_tolerance: stop a sequence's steps when its ELBO gains less than this in 4 steps over the 4 before, in
+            nats a token; None runs them all.
         initial_mean_std, initial_log_variance, initial_log_variance_std: where "adamw" starts.
 
     Raises ValueError for values that do not fit together. Wrong types raise at construction and on assignment.
@@ -136,6 +142,7 @@ class LTMConfig(PreTrainedConfig):
     inference_weight_decay: float | int = 0.01
     inference_precision: str = "stein"
     inference_noise: str = "fresh"
+    inference_tolerance: float | int | None = None
     initial_mean_std: float | int = 0.01
     initial_log_variance: float | int = -5.0
     initial_log_variance_std: float | int = 0.1

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import torch
 from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
 
 from .configuration_ltm import InferenceSettings
 from .posterior_ltm import check_sequences, infer_posterior
@@ -18,33 +19,54 @@ _SETTINGS = (*(field.name for field in fields(InferenceSettings)), "inference_se
 
 class LTMGenerationMixin(GenerationMixin):
     @torch.no_grad()
-    def generate(self, inputs=None, generation_config=None, *args, latents=None, **kwargs):
+    def generate(
+        self,
+        inputs=None,
+        generation_config=None,
+        *args,
+        latents=None,
+        posterior=None,
+        num_latent_samples=None,
+        inference_callback=None,
+        **kwargs,
+    ):
         """Infer latents from the prompt, then generate as any causal LM of transformers.
 
         latents: (B, L, N, D), to skip inference: `generate(latents=model.sample_prior(n))` writes n texts without a
             prompt, from the begin-of-text token.
+        posterior: of the prompts, to skip inference: infer once, write many times.
+        num_latent_samples: thoughts for each prompt, sampled from its posterior; each writes `num_return_sequences`
+            texts. Rows of the result are grouped by prompt, then by thought.
+        inference_callback: called after each inference step, as `infer_posterior`'s `callback`.
         num_inference_steps, inference_optimizer, inference_learning_rate, …: as in `LTMConfig`, for this call. As
             everything that `GenerationConfig` holds, they can be set there and are saved with it.
         inference_seed: keys the noise of inference, default 0: two calls infer the same posterior.
         sample_latents: read a sample of the posterior (True) or its mean (False, the better predictor). Default:
             `do_sample`, so that greedy and beam search are deterministic, and a prompt with nothing to infer from
-            gets a sample of the prior when sampling. The sample follows torch's global generator.
+            gets a sample of the prior when sampling. The sample follows torch's global generator; prompts of the same
+            tokens share it.
 
+        With `return_dict_in_generate`, the result has the `posterior` that was read, None if latents were given.
         Raises ValueError for bad input before any computation, and for `inputs_embeds` without token ids.
         """
         settings, sample_latents = self._pop_inference_settings(generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if not self.config.num_latents:
-            if latents is not None:
+            if latents is not None or posterior is not None or num_latent_samples is not None:
                 raise ValueError("This model was built with num_latents=0 and takes no latents.")
             if input_ids is not None:
                 check_sequences(self, input_ids)
             return super().generate(input_ids, generation_config, *args, **kwargs)
 
+        if latents is not None and (posterior is not None or num_latent_samples is not None):
+            raise ValueError("latents are given: posterior and num_latent_samples have nothing to say beside them.")
+        if num_latent_samples is not None and num_latent_samples < 1:
+            raise ValueError(f"num_latent_samples must be 1 or more, got {num_latent_samples}.")
+        given = latents if posterior is None else posterior
         if input_ids is None:
             if kwargs.get("inputs_embeds") is not None:
                 raise ValueError("Latents are inferred from token ids: pass input_ids (inputs_embeds alone has none).")
-            rows = 1 if latents is None else len(latents)
+            rows = 1 if given is None else len(given)
             bos = self._setting(generation_config, kwargs, "bos_token_id")
             if bos is None:
                 raise ValueError("Generation without a prompt needs a bos_token_id.")
@@ -53,15 +75,24 @@ class LTMGenerationMixin(GenerationMixin):
         if attention_mask is None:
             attention_mask = self._padding_mask(input_ids, generation_config, kwargs)
         check_sequences(self, input_ids, attention_mask)
+        if given is not None and len(given) != len(input_ids):
+            raise ValueError(f"There are latents for {len(given)} sequences and prompts for {len(input_ids)}.")
 
         if kwargs.get("latent_key_values") is None:
-            if latents is None:
-                posterior = infer_posterior(self, input_ids, attention_mask, **settings)
+            if given is None:
+                posterior = infer_posterior(self, input_ids, attention_mask, callback=inference_callback, **settings)
+            if num_latent_samples is not None:
+                samples = [posterior.sample() for _ in range(num_latent_samples)]
+                latents = torch.stack(samples, dim=1).flatten(0, 1)
+                input_ids = input_ids.repeat_interleave(num_latent_samples, dim=0)
+                kwargs["attention_mask"] = attention_mask.repeat_interleave(num_latent_samples, dim=0)
+            elif latents is None:
                 latents = posterior.sample() if sample_latents else posterior.mean
-            elif len(latents) != len(input_ids):
-                raise ValueError(f"There are latents for {len(latents)} sequences and prompts for {len(input_ids)}.")
-            kwargs["latent_key_values"] = self.project_latents(latents)
-        return super().generate(input_ids, generation_config, *args, **kwargs)
+            kwargs["latent_key_values"] = self.project_latents(latents.to(input_ids.device))
+        output = super().generate(input_ids, generation_config, *args, **kwargs)
+        if isinstance(output, ModelOutput):
+            output["posterior"] = posterior
+        return output
 
     def generate_batch(self, *args, **kwargs):
         """Refused: continuous batching packs requests into one row, which has no latents for each of them."""

@@ -10,12 +10,14 @@ g = ∂NLL/∂z; the KL's is known in closed form.
 """
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.utils import logging
 
@@ -77,6 +79,8 @@ def _drawn_seed(seed: int | None) -> int:
 
 # ------------------------------------------------------------------ the posterior
 
+_FILE = "latent_posterior.safetensors"
+
 
 def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """(B,) nats: KL(N(mean, exp(log_variance)) || N(0, I)) of each sequence."""
@@ -111,6 +115,34 @@ class LatentPosterior:
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    def __getitem__(self, rows) -> "LatentPosterior":
+        """The posterior of some of the sequences: an index, a slice, a list or a tensor of rows."""
+        rows = [rows] if isinstance(rows, int) else rows
+        trace = None if self.elbo_trace is None else self.elbo_trace[:, rows]
+        return LatentPosterior(self.mean[rows], self.log_variance[rows], trace, self.keys[rows])
+
+    def lerp(self, other: "LatentPosterior", weight: float) -> "LatentPosterior":
+        """Between two thoughts: means and log-variances on the line from this one (0) to the other (1)."""
+        return LatentPosterior(
+            self.mean.lerp(other.mean, weight), self.log_variance.lerp(other.log_variance, weight), keys=self.keys
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write `latent_posterior.safetensors` to the folder, which is made if need be."""
+        os.makedirs(folder, exist_ok=True)
+        tensors = {"mean": self.mean, "log_variance": self.log_variance, "keys": self.keys}
+        if self.elbo_trace is not None:
+            tensors["elbo_trace"] = self.elbo_trace
+        save_file({name: x.contiguous() for name, x in tensors.items()}, os.path.join(folder, _FILE))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> "LatentPosterior":
+        """What `save_pretrained` wrote, on the CPU. Raises FileNotFoundError if the folder has none."""
+        path = os.path.join(folder, _FILE)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"There is no {_FILE} in {os.fspath(folder)!r}.")
+        return cls(**load_file(path))
 
     def reparameterize(self, epsilon: torch.Tensor) -> torch.Tensor:
         """z = mean + std·ε."""
@@ -353,6 +385,34 @@ class _BestFinite:
         return torch.where(keep, mean, self.mean), torch.where(keep, log_variance, self.log_variance)
 
 
+class _EarlyStop:
+    """Holds each row's posterior from where its ELBO ceased to gain: a row stops at the same step in any batch."""
+
+    WINDOW = 4  # steps: a single ELBO is too noisy to compare
+
+    def __init__(self, tolerance: float, num_tokens: torch.Tensor):
+        self.least_gain = tolerance * num_tokens
+        self.stopped = num_tokens == 0
+        self.mean = self.log_variance = None
+
+    def observe(self, trace: list[torch.Tensor], mean, log_variance) -> bool:
+        """Take note of a step's outcome. True once all rows have stopped, on all processes."""
+        if self.mean is None:
+            self.mean, self.log_variance = mean.clone(), log_variance.clone()
+        running = _rows(~self.stopped)
+        self.mean = torch.where(running, mean, self.mean)
+        self.log_variance = torch.where(running, log_variance, self.log_variance)
+        if len(trace) >= 2 * self.WINDOW:
+            before, now = torch.stack(trace[-2 * self.WINDOW :]).unflatten(0, (2, self.WINDOW)).mean(dim=1)
+            self.stopped = self.stopped | ~(now - before >= self.least_gain)
+        all_stopped = self.stopped.all()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Sharded decoders take their steps together.
+            all_stopped = all_stopped.to(torch.int32)
+            torch.distributed.all_reduce(all_stopped, torch.distributed.ReduceOp.MIN)
+        return bool(all_stopped)
+
+
 def _rows(mask: torch.Tensor) -> torch.Tensor:
     return mask[:, None, None, None]
 
@@ -387,6 +447,7 @@ def infer_posterior(
     inference_lr_schedule: str | None = None,
     inference_weight_decay: float | None = None,
     inference_precision: str | None = None,
+    inference_tolerance: float | None = None,
     noise: str | None = None,
     seed: int | None = None,
     initial_posterior: LatentPosterior | None = None,
@@ -418,6 +479,7 @@ def infer_posterior(
         inference_weight_decay=inference_weight_decay,
         inference_precision=inference_precision,
         inference_noise=noise,
+        inference_tolerance=inference_tolerance,
     )
     check_sequences(model, input_ids, attention_mask, labels)
     steps, seed = settings.num_inference_steps, seed or 0
@@ -432,11 +494,14 @@ def infer_posterior(
         )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         keys = sequence_keys(input_ids, mask)
-        nothing_to_explain = (scored_tokens(input_ids, attention_mask, labels) == IGNORED).all(dim=1)
+        num_tokens = (scored_tokens(input_ids, attention_mask, labels) != IGNORED).sum(dim=1)
+        nothing_to_explain = num_tokens == 0
         mean, log_variance = _start(model, settings, keys, seed, initial_posterior)
         decoder = _differentiable(model)
         optimizer = INFERENCE_OPTIMIZERS[settings.inference_optimizer](mean, log_variance, settings)
         best = _BestFinite(mean)
+        tolerance = settings.inference_tolerance
+        early_stop = None if tolerance is None else _EarlyStop(tolerance, num_tokens)
         trace = []
         for step in range(0 if nothing_to_explain.all() else steps):
             if epsilon is None:
@@ -454,9 +519,12 @@ def infer_posterior(
                 if callback is not None:
                     callback(step, latents.detach(), trace[-1])
                 optimizer.update(gradient, noise_now, step_size(settings, step))
+                if early_stop is not None and early_stop.observe(trace, optimizer.mean, optimizer.log_variance):
+                    break
 
         with torch.no_grad():
-            mean, log_variance = best.replace(optimizer.mean, optimizer.log_variance)
+            fitted = optimizer if early_stop is None or not trace else early_stop
+            mean, log_variance = best.replace(fitted.mean, fitted.log_variance)
             mean, log_variance = (x.masked_fill(_rows(nothing_to_explain), 0.0) for x in (mean, log_variance))
             num_non_finite = int((~best.alive).sum())
             elbo_trace = torch.stack(trace) if trace else mean.new_zeros((0, len(mean)))

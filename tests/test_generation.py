@@ -381,3 +381,69 @@ def test_offloaded_weights_change_nothing(make_model, prompts):
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert next(model.parameters()).device.type == "meta"
     assert torch.equal(model.generate(prompts, **GREEDY), expected)
+
+
+# ------------------------------------------------------------------ thoughts the caller holds
+
+
+def test_infer_once_write_many_times(model, prompts):
+    posterior = model.infer_posterior(prompts, num_inference_steps=5)
+    expected = model.generate(prompts, num_inference_steps=5, **GREEDY)
+    assert torch.equal(model.generate(prompts, posterior=posterior, **GREEDY), expected)
+    assert torch.equal(model.generate(prompts[1:], posterior=posterior[1:], **GREEDY), expected[1:])
+    torch.manual_seed(0)
+    first = model.generate(prompts, posterior=posterior, do_sample=True, max_new_tokens=5)
+    torch.manual_seed(0)
+    assert torch.equal(first, model.generate(prompts, num_inference_steps=5, do_sample=True, max_new_tokens=5))
+
+
+def test_several_thoughts_for_a_prompt(model, prompts):
+    """Rows by prompt, then thought, then text; a thought's greedy text is that of its sample given as latents."""
+    torch.manual_seed(0)
+    ids = model.generate(prompts, num_latent_samples=3, num_return_sequences=2, num_beams=2, **GREEDY)
+    assert ids.shape == (len(prompts) * 6, 7 + 14)
+    assert torch.equal(ids[:, :7], prompts.repeat_interleave(6, dim=0))
+    torch.manual_seed(0)
+    ids = model.generate(prompts, num_latent_samples=3, **GREEDY)
+    torch.manual_seed(0)
+    posterior = model.infer_posterior(prompts)
+    for thought in range(3):
+        assert torch.equal(ids[thought::3], model.generate(prompts, latents=posterior.sample(), **GREEDY))
+
+
+def test_the_result_carries_the_posterior(model, prompts):
+    result = model.generate(prompts, return_dict_in_generate=True, **GREEDY)
+    expected = model.infer_posterior(prompts)
+    assert torch.equal(result.posterior.mean, expected.mean)
+    given = model.generate(prompts, latents=expected.mean, return_dict_in_generate=True, **GREEDY)
+    assert given.posterior is None and torch.equal(given.sequences, result.sequences)
+
+
+def test_progress_of_inference_and_early_stop(model, prompts):
+    steps = []
+    model.generate(prompts, num_inference_steps=3, inference_callback=lambda step, *_: steps.append(step), **GREEDY)
+    assert steps == [0, 1, 2]
+    steps.clear()
+    model.generate(prompts, num_inference_steps=50, inference_tolerance=1e6,
+                   inference_callback=lambda step, *_: steps.append(step), **GREEDY)  # fmt: skip
+    assert steps == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(num_latent_samples=0), "num_latent_samples must be 1 or more"),
+        (dict(inference_tolerance=float("nan")), "inference_tolerance must be None or finite"),
+    ],
+)
+def test_bad_thoughts_are_named(model, prompts, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompts, **kwargs)
+
+
+def test_latents_and_a_posterior_contradict(model, prompts):
+    posterior = model.infer_posterior(prompts)
+    with pytest.raises(ValueError, match="latents are given"):
+        model.generate(prompts, latents=posterior.mean, posterior=posterior)
+    with pytest.raises(ValueError, match="latents for 2 sequences and prompts for 3"):
+        model.generate(prompts, posterior=posterior[:2])

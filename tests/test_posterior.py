@@ -760,3 +760,63 @@ def test_bad_scores(model, ids, make_noise):
 def test_baseline_has_nothing_to_infer(make_model, ids):
     with pytest.raises(ValueError, match="num_latents=0"):
         make_model(num_latents=0).infer_posterior(ids)
+
+
+# ------------------------------------------------------------------ early stop
+
+
+def test_early_stop_is_the_loop_cut_short_row_by_row(model, make_ids):
+    """Each row's posterior is that of the plain loop at the step where its own ELBO ceased to gain."""
+    ids, steps, tolerance = make_ids(4, 12), 40, 0.01
+    stopped = infer_posterior(model, ids, num_inference_steps=steps, inference_tolerance=tolerance)
+    plain = infer_posterior(model, ids, num_inference_steps=steps)
+    lengths = []
+    for row in range(4):
+        gains = [
+            (plain.elbo_trace[t - 4 : t, row].mean() - plain.elbo_trace[t - 8 : t - 4, row].mean()).item() / 11
+            for t in range(8, steps + 1)
+        ]
+        lengths.append(8 + next(index for index, gain in enumerate(gains) if gain < tolerance))
+        alone = infer_posterior(model, ids[row : row + 1], num_inference_steps=lengths[-1])
+        same_posterior(rows_of(stopped, slice(row, row + 1)), alone)
+    assert len(stopped.elbo_trace) == max(lengths) < steps
+    assert len(set(lengths)) > 1  # or the rows were not told apart
+
+
+def test_early_stop_that_never_comes_changes_nothing(model, ids):
+    never = infer_posterior(model, ids, num_inference_steps=12, inference_tolerance=-1e6)
+    same_posterior(never, infer_posterior(model, ids, num_inference_steps=12), tolerance=0)
+
+
+# ------------------------------------------------------------------ posteriors as things
+
+
+def test_save_and_load(model, ids, tmp_path):
+    posterior = infer_posterior(model, ids)
+    posterior.save_pretrained(tmp_path / "thought")
+    loaded = LatentPosterior.from_pretrained(tmp_path / "thought")
+    for name in ("mean", "log_variance", "elbo_trace", "keys"):
+        assert torch.equal(getattr(loaded, name), getattr(posterior, name)), name
+    assert torch.equal(loaded.sample(seed=1), posterior.sample(seed=1))
+    with pytest.raises(FileNotFoundError, match="latent_posterior.safetensors"):
+        LatentPosterior.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("rows", [1, [2, 0], slice(1, None), torch.tensor([True, False, True])], ids=str)
+def test_rows_of_a_posterior(model, ids, rows):
+    posterior = infer_posterior(model, ids)
+    part = posterior[rows]
+    picked = torch.arange(3)[rows].reshape(-1)
+    assert torch.equal(part.mean, posterior.mean[picked])
+    assert torch.equal(part.elbo_trace, posterior.elbo_trace[:, picked])
+    assert torch.equal(part.sample(seed=1), posterior.sample(seed=1)[picked])
+
+
+def test_between_two_thoughts(make_noise):
+    first, second = (
+        random_posterior(make_noise),
+        random_posterior(lambda *shape, seed=0: -make_noise(*shape, seed=seed)),
+    )
+    same_posterior(first.lerp(second, 0.0), first)
+    same_posterior(first.lerp(second, 1.0), second)
+    close(first.lerp(second, 0.25).mean, 0.75 * first.mean + 0.25 * second.mean)

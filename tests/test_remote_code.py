@@ -92,8 +92,10 @@ def test_files_and_their_imports(folder):
                 # Anything else is not copied, or fails where it is loaded.
                 assert node.level == 1 and node.module and f"{node.module}.py" in FILES, name
             elif isinstance(node, ast.ImportFrom):
+                # safetensors and huggingface_hub are transformers' own requirements.
                 assert node.module.split(".")[0] in {
-                    "collections", "contextlib", "dataclasses", "typing", "huggingface_hub", "torch", "transformers",
+                    "collections", "contextlib", "dataclasses", "typing", "os",
+                    "huggingface_hub", "safetensors", "torch", "transformers",
                 }, name  # fmt: skip
 
 
