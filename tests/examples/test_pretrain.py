@@ -47,7 +47,9 @@ def test_prints_an_honest_table(trained):
 def test_leaves_a_complete_folder(trained):
     folder, _ = trained
     names = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "curves.png"} <= names
+    assert {"model.safetensors", "config.json", "tokenizer.json", "curves.png", "README.md"} <= names
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "released protocol" in card and "| optimiser steps | 4 |" in card
     assert {f"{name}_ltm.py" for name in ("configuration", "modeling", "posterior", "generation")} <= names
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")

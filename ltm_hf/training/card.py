@@ -1,0 +1,228 @@
+"""Model cards: what a run was, what its figures mean and how to load it, as the README.md beside a checkpoint."""
+
+import copy
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..configuration_ltm import InferenceSettings
+from ..evaluation import Likelihood, markdown_table
+from ..flops import count_parameters, paper_training_flops, training_flops
+
+TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"  # in a wheel the folder lies inside the package,
+if not TEMPLATE.is_file():
+    TEMPLATE = Path(__file__).parents[2] / "model_cards" / "template.md"  # in a clone beside it
+
+
+def write_model_card(
+    folder: str | Path,
+    model,
+    *,
+    name: str,
+    license: str | None = "apache-2.0",
+    language: str | list[str] | None = None,
+    tags: list[str] | None = None,
+    dataset_name: str | None = None,
+    dataset_license: str | None = None,
+    training_arguments=None,
+    num_training_steps: int | None = None,
+    num_training_tokens: int | None = None,
+    block_size: int | None = None,
+    hardware: str | None = None,
+    likelihood: Likelihood | dict[str, Likelihood] | None = None,
+    num_inference_steps: int | None = None,
+) -> ModelCard:
+    """Write `folder/README.md`, the model card of an `LTMForCausalLM`. What is None, the card calls not recorded.
+
+    name: best the model's repository on the Hub: the card shows how to load it by this name.
+    license, language, tags: metadata of the Hub; the license is that of the weights.
+    dataset_name, dataset_license: training data, `owner/name` for a data set of the Hub, or any words.
+    training_arguments: the run's `LTMTrainingArguments`.
+    num_training_steps, num_training_tokens: optimiser steps made, and tokens read in them.
+    block_size: tokens of a training sequence; where it is None, FLOPs are given for the model's longest.
+    hardware: in words, such as "8 x NVIDIA H100".
+    likelihood: figures on held-out text of the training data, or of several data sets by name. Those of the released
+        protocol stand apart from the others, and are no part of the metadata.
+    num_inference_steps: inference steps that `likelihood` was measured with; default: the model's.
+
+    Raises ValueError for an empty name.
+    """
+    if not name:
+        raise ValueError("name must not be empty: it is the card's title, and what the model is loaded by.")
+    config = model.config
+    if isinstance(likelihood, Likelihood):
+        likelihood = {dataset_name or "unknown data": likelihood}
+    honest, released = _apart(likelihood or {})
+    results = [
+        EvalResult("text-generation", data, data, metric, value, task_name="Text generation", metric_name=description)
+        for data, figures in honest.items()
+        for metric, value, description in _metrics(figures)
+    ]
+    on_hub = _is_on_hub(dataset_name)
+    metadata = ModelCardData(
+        license=license,
+        language=language,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["ltm", "custom_code", *(tags or [])],
+        datasets=[dataset_name] if on_hub else None,
+        metrics=["perplexity"] if results else None,
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    training = {
+        "data": f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if on_hub else dataset_name,
+        "license of the data": dataset_license,
+        "optimiser steps": _count(num_training_steps),
+        "tokens": _count(num_training_tokens),
+        "tokens of a sequence": _count(block_size),
+        "hardware": hardware,
+    }
+    sequence_length = block_size or config.max_position_embeddings
+    card = ModelCard.from_template(
+        metadata,
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        name=name,
+        config=config,
+        architecture=_architecture(config),
+        inference=_inference(config),
+        training=training | _recipe(config, training_arguments),
+        sequence_length=sequence_length,
+        cost=_cost(config, training_arguments, sequence_length, num_training_tokens),
+        # A single block has no standard error.
+        figures=markdown_table(honest).replace(" ± nan", "      ") if honest else None,
+        measured={data: (figures, _perplexity(figures)) for data, figures in honest.items()},
+        measured_steps=config.num_inference_steps if num_inference_steps is None else num_inference_steps,
+        released=released,
+    )
+    card.save(Path(folder) / "README.md")
+    return card
+
+
+# ---------------------------------------------------------------- figures
+
+
+def _apart(likelihoods: dict[str, Likelihood]) -> tuple[dict[str, Likelihood], dict[str, float]]:
+    """The figures without those of the released protocol, and the perplexities under that protocol, by data."""
+    honest, released = {}, {}
+    for data, likelihood in likelihoods.items():
+        figures = {name: figure for name, figure in likelihood.figures.items() if name != "released"}
+        if figures:
+            honest[data] = Likelihood(figures, likelihood.num_tokens, likelihood.num_blocks)
+        if "released" in likelihood:
+            released[data] = _exp(likelihood["released"])
+    return honest, released
+
+
+def _perplexity(likelihood: Likelihood) -> float | None:
+    """A bound with latents; exact for a model that has none."""
+    name = next((name for name in ("bound", "no_latents") if name in likelihood), None)
+    return name and _exp(likelihood[name])
+
+
+def _metrics(likelihood: Likelihood) -> list[tuple[str, float, str]]:
+    """(type, value, name) of what the metadata lists; JSON, and so the Hub, has no infinity."""
+    kind = "perplexity bound, exp(NLL + KL)" if "bound" in likelihood else "perplexity"
+    metrics = [("perplexity", _perplexity(likelihood), kind)]
+    metrics += [(name, nats, f"{name} (nats a token)") for name, (nats, _) in likelihood.figures.items()]
+    return [metric for metric in metrics if metric[1] is not None and math.isfinite(metric[1])]
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf  # the largest that a float holds is e⁷⁰⁹
+
+
+# ---------------------------------------------------------------- facts, a label and a value each
+
+
+def _architecture(config) -> dict[str, str]:
+    facts = {
+        "parameters": _count(count_parameters(config)),
+        "layers": _count(config.num_hidden_layers),
+        "hidden size": _count(config.hidden_size),
+        "feed-forward size": _count(config.intermediate_size),
+        "attention heads": f"{config.num_attention_heads} ({config.num_key_value_heads} of keys and values)",
+        "attention window": f"{config.sliding_window:,} tokens" if config.sliding_window else "none: full attention",
+        "longest sequence": f"{config.max_position_embeddings:,} tokens",
+        "vocabulary": _count(config.vocab_size),
+    }
+    if config.num_latents:
+        facts["latent vectors"] = f"{config.num_latents} ({config.latents_per_layer} a layer)"
+        facts["gate on the cross-attention"] = "no" if config.cross_attention_gate_init is None else "yes"
+    return facts
+
+
+def _inference(config) -> dict[str, object]:
+    """The settings that the configuration's optimiser reads and that are set."""
+    settings = asdict(InferenceSettings.of(config))
+    settings.pop("inference_precision" if config.inference_optimizer == "adamw" else "inference_weight_decay")
+    return {f"`{name}`": value for name, value in settings.items() if value is not None}
+
+
+def _recipe(config, arguments) -> dict[str, str]:
+    if arguments is None:
+        return {"recipe": None}
+    schedule, optimizer = (getattr(value, "value", value) for value in (arguments.lr_scheduler_type, arguments.optim))
+    warmup = arguments.warmup_steps
+    facts = {
+        "batch": f"{arguments.per_device_train_batch_size} sequences a device, "
+        f"gradients accumulated over {arguments.gradient_accumulation_steps}",
+        "optimiser": f"{optimizer}, betas ({arguments.adam_beta1:g}, {arguments.adam_beta2:g}), weight decay "
+        f"{arguments.weight_decay:g} on matrices, gradients clipped to norm {arguments.max_grad_norm:g}",
+        "learning rate": f"{arguments.learning_rate:g}, {schedule}, warm-up over "
+        + (f"{warmup:g} steps" if warmup >= 1 else f"{warmup:.0%} of the steps"),
+        "mixed precision": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "no",
+        "seed": str(arguments.seed),
+    }
+    if config.num_latents:
+        start, end = arguments.inference_learning_rate, arguments.inference_learning_rate_end
+        start = config.inference_learning_rate if start is None else start
+        if end is None:  # as LTMTrainer does
+            end = start * 0.34 / 0.30 if config.inference_optimizer == "adamw" else start
+        facts["inference steps (fast)"] = str(_training_inference_steps(config, arguments))
+        facts["inference step size"] = f"{start:g}" if end == start else f"{start:g} to {end:g}, linear over training"
+        facts["slow gradient"] = arguments.slow_gradient
+    return facts
+
+
+def _cost(config, arguments, sequence_length: int, num_tokens: int | None) -> dict[str, str]:
+    """FLOPs of training as the run's arguments say, or as the configuration does where there are none."""
+    trained = copy.deepcopy(config)
+    trained.num_inference_steps = _training_inference_steps(config, arguments)
+    flops = training_flops(trained, sequence_length)
+    steps, slow_passes = flops.num_inference_steps, 1
+    if arguments is not None and arguments.slow_gradient == "trajectory":
+        slow_passes += steps
+    training = steps * flops.fast_step + slow_passes * flops.slow_step
+    facts = {"forward": _flops(flops.forward)}
+    if steps:
+        facts["inference step"] = f"{_flops(flops.fast_step)}, {flops.fast_step / flops.forward:.1f} times a forward"
+        facts[f"training step: {steps} of inference, {slow_passes} of learning"] = _flops(training)
+        facts["training step in the paper's account"] = _flops(paper_training_flops(trained, sequence_length))
+    else:
+        facts["training step"] = _flops(training)
+    known = num_tokens is not None and arguments is not None
+    return facts | {"whole run (not a token)": _flops(training * num_tokens) if known else None}
+
+
+def _training_inference_steps(config, arguments) -> int:
+    steps = None if arguments is None else arguments.num_inference_steps
+    return config.num_inference_steps if steps is None else steps
+
+
+def _count(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
+
+
+def _flops(number: float) -> str:
+    thousands = min(6, int(math.log10(number) // 3))
+    return f"{number / 1000**thousands:.2f} {' kMGTPE'[thousands]}".strip()
+
+
+def _is_on_hub(dataset_name: str | None) -> bool:
+    """Whether a name has the form that the Hub takes for an id; files can have it too."""
+    named = dataset_name is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset_name) is not None
+    return named and not Path(dataset_name).exists()
