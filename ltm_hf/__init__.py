@@ -5,6 +5,7 @@ from importlib.metadata import version
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_ltm import LTMConfig
+from .conversion.backbone import from_pretrained_backbone
 from .modeling_ltm import LTMForCausalLM, LTMModel
 from .posterior_ltm import ELBO, LatentPosterior, elbo, infer_posterior, sample_prior
 from .presets import PRESETS, preset_config
@@ -18,6 +19,9 @@ AutoModelForCausalLM.register(LTMConfig, LTMForCausalLM, exist_ok=True)
 LTMConfig.register_for_auto_class()
 LTMModel.register_for_auto_class("AutoModel")
 LTMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+# Here and not in the class: the model's file travels to the Hub, conversion does not.
+LTMForCausalLM.from_pretrained_backbone = staticmethod(from_pretrained_backbone)
 
 __all__ = [
     "ELBO",

@@ -7,6 +7,8 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+SELF_ATTENTIONS = ("mistral", "qwen2", "qwen3")
+
 
 @dataclass(frozen=True)
 class InferenceSettings:
@@ -65,6 +67,8 @@ class LTMConfig(PreTrainedConfig):
             as in Llama and Mistral. `num_key_value_heads=None` means one for each attention head.
         max_position_embeddings: tokens of a sequence (the paper's 1,024).
         sliding_window: tokens a token can attend to, itself included; `None` is full attention.
+        self_attention: whose self-attention the layers have: "mistral" (also Llama's; the paper's), "qwen2" (biases on
+            queries, keys and values) or "qwen3" (a norm on each head's queries and keys).
 
     Latents:
         num_latents: the TOTAL number of latent vectors (the paper's N_z), a multiple of `num_hidden_layers`; layer l
@@ -91,11 +95,14 @@ class LTMConfig(PreTrainedConfig):
     """
 
     model_type = "ltm"
+    attention_bias = False  # Qwen3Attention reads it
     keys_to_ignore_at_inference = ["past_key_values", "latents"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.cross_attn.q_proj": "colwise",
         "layers.*.cross_attn.k_proj": "colwise",
@@ -129,6 +136,7 @@ class LTMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     rope_parameters: dict | None = None
     sliding_window: int | None = 256
+    self_attention: str = "mistral"
     attention_dropout: float | int = 0.0
 
     num_latents: int = 24
@@ -171,6 +179,10 @@ class LTMConfig(PreTrainedConfig):
         if self.sliding_window is not None and self.sliding_window < 2:  # transformers' cache cannot hold a window of 1
             raise ValueError(
                 f"sliding_window must be 2 or more, or None for full attention, got {self.sliding_window}."
+            )
+        if self.self_attention not in SELF_ATTENTIONS:
+            raise ValueError(
+                f"self_attention must be one of {', '.join(SELF_ATTENTIONS)}; got {self.self_attention!r}."
             )
         if self.num_latents < 0 or self.num_latents % self.num_hidden_layers:
             raise ValueError(

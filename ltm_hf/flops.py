@@ -25,7 +25,8 @@ def count_parameters(config: LTMConfig) -> int:
     """Parameters of `LTMForCausalLM(config)`, tied embeddings counted once. No model is built."""
     hidden, queries, keys = _widths(config)
     attention = 2 * hidden * queries + 2 * hidden * keys
-    layer = attention + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
+    extra = {"mistral": 0, "qwen2": queries + 2 * keys, "qwen3": 2 * config.head_dim}[config.self_attention]
+    layer = attention + extra + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
     if config.num_latents:
         layer += attention + hidden  # its norm
         layer += 0 if config.cross_attention_gate_init is None else hidden

@@ -28,6 +28,8 @@ from transformers.models.mistral.modeling_mistral import (
     eager_attention_forward,
     rotate_half,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -35,6 +37,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_ltm import LTMConfig
 from .generation_ltm import LTMGenerationMixin
 from .posterior_ltm import elbo, infer_posterior, sample_prior
+
+_SELF_ATTENTIONS = {"mistral": MistralAttention, "qwen2": Qwen2Attention, "qwen3": Qwen3Attention}
 
 
 @dataclass
@@ -120,7 +124,7 @@ class LTMGate(nn.Module):
 class LTMDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: LTMConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = MistralAttention(config, layer_idx)
+        self.self_attn = _SELF_ATTENTIONS[config.self_attention](config, layer_idx)
         self.mlp = MistralMLP(config)
         self.input_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -177,7 +181,7 @@ class LTMPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": LTMDecoderLayer,
-        "attentions": MistralAttention,
+        "attentions": list(_SELF_ATTENTIONS.values()),
         "cross_attentions": LTMCrossAttention,
     }
 

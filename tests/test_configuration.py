@@ -40,6 +40,7 @@ def test_rope_theta_is_folded_in():
         (dict(hidden_size=30, num_attention_heads=8), "hidden_size.*num_attention_heads"),
         (dict(hidden_size=24, num_attention_heads=8), "head_dim must be even.*3"),
         (dict(sliding_window=1), "sliding_window"),
+        (dict(self_attention="gpt2"), "self_attention.*mistral, qwen2, qwen3.*gpt2"),
         (dict(vocab_size=0), "vocab_size"),
         (dict(num_hidden_layers=0), "num_hidden_layers"),
         (dict(num_inference_steps=-1), "num_inference_steps.*-1"),
