@@ -6,6 +6,7 @@
         --tokenizer gpt2 --bf16 --max_steps 30000 --output_dir outputs/ltm-small
 """
 
+import copy
 import json
 import os
 from dataclasses import dataclass, field
@@ -135,7 +136,9 @@ def main():
     histories = {preset: trainer.state.log_history}
     if model_args.baseline:
         twin_config = preset_config(preset, **overrides | {"num_latents": 0})
-        twin, _, columns["autoregressive twin"] = train(twin_config, args, tokenizer, train_blocks, eval_blocks)
+        twin_args = copy.copy(args)  # with checkpoints of its own
+        twin_args.output_dir, twin_args.resume_from_checkpoint = os.path.join(args.output_dir, "twin"), None
+        twin, _, columns["autoregressive twin"] = train(twin_config, twin_args, tokenizer, train_blocks, eval_blocks)
         histories["autoregressive twin"] = twin.state.log_history
 
     if trainer.is_world_process_zero():

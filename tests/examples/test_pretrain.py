@@ -27,8 +27,8 @@ def trained(tmp_path_factory):
     sizes = '{"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32, "vocab_size": 300}'
     result = run(
         EXAMPLES / "pretrain.py", "--config_overrides", sizes, "--max_steps", 4, "--warmup_steps", 1,
-        "--eval_steps", 2, "--logging_steps", 1, "--eval_blocks", 8, "--baseline", "--use_cpu",
-        "--output_dir", folder,
+        "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1, "--eval_blocks", 8,
+        "--baseline", "--use_cpu", "--output_dir", folder,
     )  # fmt: skip
     return folder, result.stdout
 
@@ -53,6 +53,12 @@ def test_leaves_a_complete_folder(trained):
     assert {f"{name}_ltm.py" for name in ("configuration", "modeling", "posterior", "generation")} <= names
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
+
+
+def test_the_twin_has_checkpoints_of_its_own(trained):
+    for folder, has_latents in ((trained[0], True), (trained[0] / "twin", False)):
+        names = load_file(folder / "checkpoint-4" / "model.safetensors")
+        assert any("cross_attn" in name for name in names) == has_latents
 
 
 @pytest.mark.parametrize("arguments", [("--prompt", "The people", "--greedy"), ("--num_inference_steps", 4), ()])
