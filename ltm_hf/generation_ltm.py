@@ -4,7 +4,8 @@ The latents become keys and values before anything expands for beams or `num_ret
 tensor among the model's keyword arguments, so that every decoding method and cache of `GenerationMixin` works.
 """
 
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from transformers.generation import GenerationMixin
@@ -14,7 +15,22 @@ from .configuration_ltm import InferenceSettings
 from .posterior_ltm import check_sequences, infer_posterior
 
 # What generate() takes, and generation_config.json keeps, beside transformers' own. None: as in the model's config.
-_SETTINGS = (*(field.name for field in fields(InferenceSettings)), "inference_seed", "sample_latents")
+_SETTINGS = (*(field.name for field in fields(InferenceSettings)), "inference_seed", "sample_latents", "reinfer_every")
+
+
+@dataclass
+class _Reinference:
+    """Thinking again while writing, with what the steps of one call of generate() share."""
+
+    every: int  # tokens
+    prompt_length: int
+    think: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]  # tokens and mask to latent_key_values
+    new_cache: Callable[[torch.Tensor], object] | None = None  # None: the call uses no cache
+    latent_key_values: torch.Tensor | None = None  # the latest
+
+    def is_due(self, input_ids: torch.Tensor) -> bool:
+        written = input_ids.shape[1] - self.prompt_length
+        return written > 0 and written % self.every == 0
 
 
 class LTMGenerationMixin(GenerationMixin):
@@ -40,16 +56,19 @@ class LTMGenerationMixin(GenerationMixin):
         inference_callback: called after each inference step, as `infer_posterior`'s `callback`.
         num_inference_steps, inference_optimizer, inference_learning_rate, …: as in `LTMConfig`, for this call. As
             everything that `GenerationConfig` holds, they can be set there and are saved with it.
+        reinfer_every: infer again after every so many tokens, from all the text so far, and write on with its latents
+            as if that text were the prompt (greedy search and sampling only). Default: think once.
         inference_seed: keys the noise of inference, default 0: two calls infer the same posterior.
         sample_latents: read a sample of the posterior (True) or its mean (False, the better predictor). Default:
             `do_sample`, so that greedy and beam search are deterministic, and a prompt with nothing to infer from
             gets a sample of the prior when sampling. The sample follows torch's global generator; prompts of the same
             tokens share it.
 
-        With `return_dict_in_generate`, the result has the `posterior` that was read, None if latents were given.
+        With `return_dict_in_generate`, the result has the `posterior` of the prompts, None if latents were given. A
+        cache holds the latents that it was built with: a call that continues it reads those, unless others are given.
         Raises ValueError for bad input before any computation, and for `inputs_embeds` without token ids.
         """
-        settings, sample_latents = self._pop_inference_settings(generation_config, kwargs)
+        settings, sample_latents, reinfer_every = self._pop_inference_settings(generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if not self.config.num_latents:
             if latents is not None or posterior is not None or num_latent_samples is not None:
@@ -62,6 +81,8 @@ class LTMGenerationMixin(GenerationMixin):
             raise ValueError("latents are given: posterior and num_latent_samples have nothing to say beside them.")
         if num_latent_samples is not None and num_latent_samples < 1:
             raise ValueError(f"num_latent_samples must be 1 or more, got {num_latent_samples}.")
+        if reinfer_every is not None:
+            self._check_reinference(reinfer_every, generation_config, kwargs)
         given = latents if posterior is None else posterior
         if input_ids is None:
             if kwargs.get("inputs_embeds") is not None:
@@ -78,17 +99,30 @@ class LTMGenerationMixin(GenerationMixin):
         if given is not None and len(given) != len(input_ids):
             raise ValueError(f"There are latents for {len(given)} sequences and prompts for {len(input_ids)}.")
 
+        def think(input_ids, attention_mask):
+            return infer_posterior(self, input_ids, attention_mask, callback=inference_callback, **settings)
+
+        def read(posterior):
+            return posterior.sample() if sample_latents else posterior.mean
+
+        cache = kwargs.get("past_key_values")
+        if given is None and num_latent_samples is None and cache is not None and cache.get_seq_length():
+            kwargs.setdefault("latent_key_values", getattr(cache, "latent_key_values", None))
         if kwargs.get("latent_key_values") is None:
             if given is None:
-                posterior = infer_posterior(self, input_ids, attention_mask, callback=inference_callback, **settings)
+                posterior = think(input_ids, attention_mask)
             if num_latent_samples is not None:
                 samples = [posterior.sample() for _ in range(num_latent_samples)]
                 latents = torch.stack(samples, dim=1).flatten(0, 1)
                 input_ids = input_ids.repeat_interleave(num_latent_samples, dim=0)
                 kwargs["attention_mask"] = attention_mask.repeat_interleave(num_latent_samples, dim=0)
             elif latents is None:
-                latents = posterior.sample() if sample_latents else posterior.mean
+                latents = read(posterior)
             kwargs["latent_key_values"] = self.project_latents(latents.to(input_ids.device))
+        if reinfer_every is not None:
+            kwargs["reinference"] = _Reinference(
+                reinfer_every, input_ids.shape[1], lambda *text: self.project_latents(read(think(*text)))
+            )
         output = super().generate(input_ids, generation_config, *args, **kwargs)
         if isinstance(output, ModelOutput):
             output["posterior"] = posterior
@@ -97,6 +131,51 @@ class LTMGenerationMixin(GenerationMixin):
     def generate_batch(self, *args, **kwargs):
         """Refused: continuous batching packs requests into one row, which has no latents for each of them."""
         raise NotImplementedError("Continuous batching cannot give each request latents of its own; use generate().")
+
+    def _check_reinference(self, reinfer_every, generation_config, kwargs) -> None:
+        if reinfer_every < 1:
+            raise ValueError(f"reinfer_every must be None or at least 1, got {reinfer_every}.")
+        drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        several = (self._setting(generation_config, kwargs, "num_beams") or 1) > 1
+        if several or any(self._setting(generation_config, kwargs, name) is not None for name in drafts):
+            raise ValueError("reinfer_every works with greedy search and sampling, not with beams or drafted tokens.")
+
+    def prepare_inputs_for_generation(self, input_ids, *args, reinference=None, **kwargs):
+        if reinference is not None:
+            if reinference.is_due(input_ids):
+                self._think_again(reinference, input_ids, kwargs)
+            if reinference.latent_key_values is not None:
+                kwargs["latent_key_values"] = reinference.latent_key_values
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _think_again(self, reinference, input_ids, kwargs) -> None:
+        """New latents, and a new cache: of the text as read with them, up to its last token, which is read next."""
+        reinference.latent_key_values = reinference.think(input_ids, kwargs.get("attention_mask"))
+        if reinference.new_cache is None:
+            return
+        kwargs["past_key_values"] = reinference.new_cache(reinference.latent_key_values)
+        before = {name: x[:, :-1] for name in ("attention_mask", "position_ids") if (x := kwargs.get(name)) is not None}
+        others = {"next_sequence_length": None, "latent_key_values": reinference.latent_key_values}
+        self(**super().prepare_inputs_for_generation(input_ids[:, :-1], **kwargs | before | others))
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache, reinference = model_kwargs.get("past_key_values"), model_kwargs.get("reinference")
+        if cache is None:
+            return
+        cache.latent_key_values = model_kwargs.get("latent_key_values")  # for a call that continues it
+
+        def new_cache(latent_key_values):
+            fresh = {"latent_key_values": latent_key_values}
+            self._prepare_cache_for_generation(generation_config, fresh, *args)
+            return fresh["past_key_values"]
+
+        if reinference is not None:
+            reinference.new_cache = new_cache
+
+    def _validate_model_kwargs(self, model_kwargs):
+        # It knows `reinference` by the signature above, which PEFT hides.
+        super()._validate_model_kwargs({name: x for name, x in model_kwargs.items() if name != "reinference"})
 
     def _get_candidate_generator(self, *args, **kwargs):
         # A draft model has latents of its own shape, or none: it infers its own.
@@ -112,16 +191,17 @@ class LTMGenerationMixin(GenerationMixin):
                 return value
         return getattr(self.generation_config, name, None)
 
-    def _pop_inference_settings(self, generation_config, kwargs) -> tuple[dict, bool]:
-        """The arguments of `infer_posterior` for this call, checked, and `sample_latents`; taken out of `kwargs`."""
+    def _pop_inference_settings(self, generation_config, kwargs) -> tuple[dict, bool, int | None]:
+        """For this call: `infer_posterior`'s arguments, checked, `sample_latents`, `reinfer_every`; out of `kwargs`."""
         settings = {name: self._setting(generation_config, kwargs, name) for name in _SETTINGS}
         for name in _SETTINGS:
             kwargs.pop(name, None)
-        seed, sample_latents = settings.pop("inference_seed"), settings.pop("sample_latents")
+        seed, reinfer_every = settings.pop("inference_seed"), settings.pop("reinfer_every")
+        sample_latents = settings.pop("sample_latents")
         InferenceSettings.of(self.config, **settings)
         if sample_latents is None:
             sample_latents = bool(self._setting(generation_config, kwargs, "do_sample"))
-        return settings | {"noise": settings.pop("inference_noise"), "seed": seed}, sample_latents
+        return settings | {"noise": settings.pop("inference_noise"), "seed": seed}, sample_latents, reinfer_every
 
     def _padding_mask(self, input_ids, generation_config, kwargs) -> torch.Tensor:
         """The mask that transformers would make: padding is told by its token where that is not the end of text."""

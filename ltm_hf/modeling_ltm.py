@@ -249,10 +249,13 @@ class LTMModel(LTMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
+        batch_size = len(input_ids if inputs_embeds is None else inputs_embeds)
         if latents is not None:
             if latent_key_values is not None:
                 raise ValueError("Only one of latents and latent_key_values can be given.")
-            check_latents(self.config, latents, len(input_ids if inputs_embeds is None else inputs_embeds))
+            check_latents(self.config, latents, batch_size)
+        elif latent_key_values is not None:
+            check_latent_key_values(self.config, latent_key_values, batch_size)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -312,6 +315,19 @@ def check_latents(config: LTMConfig, latents: torch.Tensor, batch_size: int | No
         raise ValueError(
             f"latents must have the shape {(batch, *config.latent_shape)} (batch, layers, latents a layer, hidden), "
             f"got {tuple(latents.shape)}."
+        )
+
+
+def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, batch_size: int) -> None:
+    """Raise a ValueError unless `latent_key_values` is (B, L, 2, K, N, d) for this config and batch size."""
+    if not config.num_latents:
+        raise ValueError("This model was built with num_latents=0 and takes no latents.")
+    layers, latents, _ = config.latent_shape
+    shape = (batch_size, layers, 2, config.num_key_value_heads, latents, config.head_dim)
+    if latent_key_values.shape != shape:
+        raise ValueError(
+            f"latent_key_values must have the shape {shape} (batch, layers, 2, key-value heads, latents a layer, "
+            f"head), got {tuple(latent_key_values.shape)}."
         )
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StaticCache
 
 from ltm_hf import LTMForCausalLM, preset_config
 
@@ -262,12 +262,38 @@ def test_assisted_decoding(make_model, prompts, overrides):
     assert torch.equal(model.generate(prompts[:1], assistant_model=draft, **GREEDY), expected)
 
 
-def test_continuing_from_a_cache(model, prompts):
-    latents = model.infer_posterior(prompts).mean
-    first = model.generate(prompts, latents=latents, return_dict_in_generate=True, **GREEDY)
+@pytest.mark.parametrize("kwargs", [{}, dict(num_return_sequences=2, do_sample=True)], ids=["greedy", "samples"])
+def test_a_cache_is_continued_with_its_latents(model, prompts, kwargs):
+    """The first tokens' keys and values were computed under them: a posterior of the longer text does not fit."""
+    torch.manual_seed(0)
+    first = model.generate(prompts, return_dict_in_generate=True, **GREEDY | kwargs)
+    text = dict(inputs=first.sequences, attention_mask=torch.ones_like(first.sequences))
+    latents = first.past_key_values.latent_key_values.clone()
+    more = model.generate(**text, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(more, model.generate(**text, latent_key_values=latents, use_cache=False, **GREEDY))
+    assert not torch.equal(more, model.generate(**text, **GREEDY))
+
+
+def test_a_cache_continued_with_given_latents(model, prompts):
+    latents = model.sample_prior(3, seed=0)
+    first = model.generate(prompts, return_dict_in_generate=True, **GREEDY)
     more = model.generate(first.sequences, latents=latents, past_key_values=first.past_key_values, **GREEDY)
-    expected = model.generate(prompts, latents=latents, **GREEDY | dict(max_new_tokens=28, min_new_tokens=28))
-    assert torch.equal(more, expected)
+    # By hand: the old text under the old latents, the new text under the new ones.
+    cache = model(first.sequences[:, :-1], latents=first.posterior.mean, use_cache=True).past_key_values
+    ids, inputs = first.sequences, dict(past_key_values=cache, latents=latents, use_cache=True)
+    for _ in range(14):
+        logits = model(ids[:, -1:], **inputs).logits[:, -1]
+        logits[:, model.config.eos_token_id] = -torch.inf
+        ids = torch.cat((ids, logits.argmax(dim=-1, keepdim=True)), dim=1)
+    assert torch.equal(more, ids)
+
+
+def test_an_emptied_cache_has_no_latents(model, prompts, make_ids):
+    cache = StaticCache(model.config, max_cache_len=32)
+    model.generate(prompts, past_key_values=cache, **GREEDY)
+    cache.reset()
+    others = make_ids(length=7, seed=1)
+    assert torch.equal(model.generate(others, past_key_values=cache, **GREEDY), model.generate(others, **GREEDY))
 
 
 def test_bfloat16(make_model, prompts):
@@ -447,3 +473,79 @@ def test_latents_and_a_posterior_contradict(model, prompts):
         model.generate(prompts, latents=posterior.mean, posterior=posterior)
     with pytest.raises(ValueError, match="latents for 2 sequences and prompts for 3"):
         model.generate(prompts, posterior=posterior[:2])
+
+
+# ------------------------------------------------------------------ thinking again while writing
+
+
+def written_in_pieces(model, ids, every, mask=None, num_tokens=14, **kwargs):
+    """What `reinfer_every` means: each piece is a call of its own, and the text so far its prompt."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    for start in range(0, num_tokens, every):
+        length = min(every, num_tokens - start)
+        settings = dict(max_new_tokens=length, min_new_tokens=length) | kwargs
+        ids = model.generate(ids, attention_mask=mask, **settings)
+        mask = torch.nn.functional.pad(mask, (0, length), value=1)
+    return ids
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(use_cache=False), dict(cache_implementation="static")], ids=str)
+@pytest.mark.parametrize("every", [1, 4])
+def test_thinking_again(model, prompts, every, kwargs):
+    expected = written_in_pieces(model, prompts, every, do_sample=False)
+    assert torch.equal(model.generate(prompts, reinfer_every=every, **GREEDY, **kwargs), expected)
+    assert not torch.equal(expected, model.generate(prompts, **GREEDY))
+
+
+def test_thinking_again_with_settings_of_the_call(model, prompts):
+    settings = dict(num_inference_steps=5, inference_seed=3)
+    expected = written_in_pieces(model, prompts, 4, do_sample=False, **settings)
+    steps = []
+    ids = model.generate(
+        prompts, reinfer_every=4, inference_callback=lambda step, *_: steps.append(step), **settings, **GREEDY
+    )
+    assert torch.equal(ids, expected)
+    assert steps == 4 * list(range(5))
+    config = GenerationConfig(reinfer_every=4, **settings, **GREEDY, pad_token_id=0, eos_token_id=2)
+    assert torch.equal(model.generate(prompts, config), expected)
+
+
+def test_thinking_again_when_sampling(model, prompts):
+    ids = prompts.repeat_interleave(2, dim=0)
+    torch.manual_seed(0)
+    expected = written_in_pieces(model, ids, 4, do_sample=True)
+    torch.manual_seed(0)
+    again = model.generate(prompts, reinfer_every=4, **GREEDY | dict(do_sample=True, num_return_sequences=2))
+    assert torch.equal(again, expected)
+
+
+def test_thinking_again_row_by_row(model, prompts, pad_rows):
+    rows = [prompts[0], prompts[1, :3]]
+    batch, mask = pad_rows(rows, "left")
+    together = continuation(model.generate(batch, attention_mask=mask, reinfer_every=4, **GREEDY), batch.shape[1])
+    for row, text in zip(rows, together, strict=True):
+        assert continuation(model.generate(row[None], reinfer_every=4, **GREEDY), len(row)) == [text]
+
+
+def test_thinking_again_leaves_given_latents_and_caches(model, prompts):
+    """The first tokens are written with what was given; the returned cache is that of the last thought."""
+    latents = model.sample_prior(3, seed=0)
+    result = model.generate(prompts, latents=latents, reinfer_every=10, return_dict_in_generate=True, **GREEDY)
+    assert torch.equal(result.sequences[:, :17], model.generate(prompts, latents=latents, max_new_tokens=10))
+    last = model.infer_posterior(result.sequences[:, :17]).mean
+    assert torch.equal(result.past_key_values.latent_key_values, model.project_latents(last))
+    more = model.generate(result.sequences, past_key_values=result.past_key_values, **GREEDY)
+    assert torch.equal(more, model.generate(result.sequences, latents=last, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(reinfer_every=0), "reinfer_every must be None or at least 1, got 0"),
+        (dict(reinfer_every=2, num_beams=2), "greedy search and sampling"),
+        (dict(reinfer_every=2, prompt_lookup_num_tokens=2), "greedy search and sampling"),
+    ],
+)
+def test_thinking_again_is_refused(model, prompts, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompts, **kwargs)

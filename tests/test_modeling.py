@@ -39,12 +39,16 @@ def test_every_layer_reads_its_own_latents(model, ids, latents):
 
 
 @torch.no_grad()
-def test_projected_latents_replace_latents(model, ids, latents):
+def test_projected_latents_replace_latents(model, make_model, ids, latents):
     projected = model.project_latents(latents)
     assert projected.shape == (3, 2, 2, 2, 2, 8)  # batch, layers, keys and values, heads, latents a layer, head
     close(model(ids, latent_key_values=projected).logits, model(ids, latents=latents).logits)
     with pytest.raises(ValueError, match="latents and latent_key_values"):
         model(ids, latents=latents, latent_key_values=projected)
+    with pytest.raises(ValueError, match=r"latent_key_values must have the shape \(3, 2, 2, 2, 2, 8\)"):
+        model(ids, latent_key_values=projected[:1])
+    with pytest.raises(ValueError, match="num_latents=0"):
+        make_model(num_latents=0)(ids, latent_key_values=projected)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 32), (3, 2, 2, 16), (3, 2, 3, 32), (2, 2, 2, 32), (1, 2, 2, 32)])
