@@ -178,10 +178,14 @@ class LTMGenerationMixin(GenerationMixin):
         super()._validate_model_kwargs({name: x for name, x in model_kwargs.items() if name != "reinference"})
 
     def _get_candidate_generator(self, *args, **kwargs):
-        # A draft model has latents of its own shape, or none: it infers its own.
-        if kwargs.get("assistant_model") is not None:
+        latents = kwargs["model_kwargs"].get("latent_key_values")
+        if latents is not None:
             others = {name: value for name, value in kwargs["model_kwargs"].items() if name != "latent_key_values"}
-            kwargs["model_kwargs"] = others
+            early_exit = kwargs["generation_config"].assistant_early_exit
+            # A draft model has latents of its own shape, or none: it infers its own. The first layers are this model's.
+            kwargs["model_kwargs"] = (
+                others if early_exit is None else {"latent_key_values": latents[:, :early_exit]} | others
+            )
         return super()._get_candidate_generator(*args, **kwargs)
 
     def _setting(self, generation_config, kwargs, name):

@@ -279,7 +279,7 @@ class LTMModel(LTMPreTrainedModel):
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         latent_position_embeddings = None if latents is None else self.latent_position_embeddings(hidden_states)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer: early exit, a draft
             hidden_states = layer(
                 hidden_states,
                 None if latents is None else latents[:, index],
@@ -319,15 +319,14 @@ def check_latents(config: LTMConfig, latents: torch.Tensor, batch_size: int | No
 
 
 def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, batch_size: int) -> None:
-    """Raise a ValueError unless `latent_key_values` is (B, L, 2, K, N, d) for this config and batch size."""
+    """Raise a ValueError unless `latent_key_values` is (B, L, 2, K, N, d), of this config and batch size; N is free."""
     if not config.num_latents:
         raise ValueError("This model was built with num_latents=0 and takes no latents.")
-    layers, latents, _ = config.latent_shape
-    shape = (batch_size, layers, 2, config.num_key_value_heads, latents, config.head_dim)
-    if latent_key_values.shape != shape:
+    shape = (batch_size, config.num_hidden_layers, 2, config.num_key_value_heads)
+    if latent_key_values.ndim != 6 or latent_key_values.shape[:4] != shape:
         raise ValueError(
-            f"latent_key_values must have the shape {shape} (batch, layers, 2, key-value heads, latents a layer, "
-            f"head), got {tuple(latent_key_values.shape)}."
+            f"latent_key_values must be from project_latents, of the shape {shape} (batch, layers, 2, key-value heads) "
+            f"and (latents a layer, head), got {tuple(latent_key_values.shape)}."
         )
 
 

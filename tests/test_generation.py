@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
 from transformers import GenerationConfig, StaticCache
 
@@ -260,6 +261,14 @@ def test_assisted_decoding(make_model, prompts, overrides):
     model, draft = make_model(sliding_window=64), make_model(sliding_window=64, **overrides)
     expected = model.generate(prompts[:1], **GREEDY)
     assert torch.equal(model.generate(prompts[:1], assistant_model=draft, **GREEDY), expected)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5.18", reason="5.17 cannot shorten a cache that has unwritten layers")
+def test_drafts_of_the_first_layers(make_model, prompts):
+    model = make_model(sliding_window=64)
+    expected = model.generate(prompts[:1], **GREEDY)
+    assert torch.equal(model.generate(prompts[:1], assistant_early_exit=1, **GREEDY), expected)
+    assert model.config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(num_return_sequences=2, do_sample=True)], ids=["greedy", "samples"])
