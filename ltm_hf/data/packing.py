@@ -4,7 +4,10 @@ from collections.abc import Iterator
 
 import torch
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, List, Value
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
+
+from ..posterior_ltm import IGNORED
 
 DOCUMENTS_AT_A_TIME = 64  # tokenised together: enough to keep the cores busy, few enough for long documents
 
@@ -73,6 +76,16 @@ def _blocks(
 
 
 def collate_blocks(blocks: list[dict]) -> dict[str, torch.Tensor]:
-    """Blocks of equal length to a batch: `input_ids` and `labels`, (blocks, block_size) each; the two are equal."""
-    input_ids = torch.tensor([block["input_ids"] for block in blocks])
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
+    """Rows to a batch: `input_ids` and `labels`, (rows, tokens) each. Labels are the input where a row has none.
+
+    Rows of different lengths are padded on the right: label -100, and 0 in an `attention_mask` that equal ones lack.
+    """
+    input_ids = [torch.tensor(block["input_ids"]) for block in blocks]
+    labels = [torch.tensor(block.get("labels", block["input_ids"])) for block in blocks]
+    batch = {
+        "input_ids": pad_sequence(input_ids, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
+    if len({len(ids) for ids in input_ids}) > 1:
+        batch["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
+    return batch

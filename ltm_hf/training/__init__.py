@@ -1,8 +1,15 @@
 """Dual-rate learning under transformers' Trainer."""
 
-from .arguments import LTMTrainingArguments
+from .arguments import DualRateArguments, LTMTrainingArguments
 from .card import write_model_card
 from .curves import plot_curves
-from .trainer import LTMTrainer
+from .trainer import DualRateMixin, LTMTrainer
 
-__all__ = ["LTMTrainer", "LTMTrainingArguments", "plot_curves", "write_model_card"]
+__all__ = [
+    "DualRateArguments",
+    "DualRateMixin",
+    "LTMTrainer",
+    "LTMTrainingArguments",
+    "plot_curves",
+    "write_model_card",
+]

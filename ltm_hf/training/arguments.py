@@ -1,34 +1,20 @@
 """Training arguments with the paper's values as defaults (section 4, "Training")."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
 SLOW_GRADIENTS = ("final", "trajectory")
+INFER_FROM = ("labels", "text", "prompt")
 
 
 @dataclass
-class LTMTrainingArguments(TrainingArguments):
-    """`TrainingArguments` of dual-rate learning.
-
-    The slow optimiser is the paper's: AdamW 4e-4, betas (0.9, 0.95), weight decay 0.1 on matrices only, 1,000 warm-up
-    steps, cosine to a tenth, gradients clipped to norm 1. The paper's batch is 512 sequences of 1,024 tokens: set
-    `per_device_train_batch_size` and `gradient_accumulation_steps` to it.
+class DualRateArguments:
+    """What `DualRateMixin` reads: to be placed before any `TrainingArguments`, as the mixin before any `Trainer`.
 
     Raises ValueError for a value that cannot work.
     """
-
-    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of the decoder (slow)."})
-    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of the decoder's AdamW."})
-    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay, on matrices only."})
-    warmup_steps: float = field(default=1000, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule of the learning rate."})
-    lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule, as JSON."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "The slow step uses every parameter, so that DDP need not look for others."}
-    )
 
     num_inference_steps: int | None = field(
         default=None, metadata={"help": "Fast steps on the latents for each slow step; default: the model's."}
@@ -51,8 +37,52 @@ class LTMTrainingArguments(TrainingArguments):
             "choices": SLOW_GRADIENTS,
         },
     )
+    infer_from: str = field(
+        default="labels",
+        metadata={
+            "help": "What the latents are fitted to. 'labels': the tokens that the loss scores, given those before "
+            "them; loss + kl bounds -log p(completion | prompt) with z from the prior. 'text': the prompt as well, as "
+            "if it were scored; loss + kl bounds the same less tightly, since the kl pays for both. 'prompt': what "
+            "comes before the first scored token, which is all that generate() sees; no kl is paid, and the loss is "
+            "that of a predictor, on average no lower than that of its mixture over q(z | prompt).",
+            "choices": INFER_FROM,
+        },
+    )
 
     def __post_init__(self):
+        for name, choices in (("slow_gradient", SLOW_GRADIENTS), ("infer_from", INFER_FROM)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+        if self.num_inference_steps is not None and self.num_inference_steps < 0:
+            raise ValueError(f"num_inference_steps must be 0 or more, got {self.num_inference_steps}.")
+        for name in ("inference_learning_rate", "inference_learning_rate_end"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {rate}.")
+        if self.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor must be 0: a smoothed loss is no likelihood, and bounds nothing.")
         super().__post_init__()
-        if self.slow_gradient not in SLOW_GRADIENTS:
-            raise ValueError(f"slow_gradient must be one of {', '.join(SLOW_GRADIENTS)}; got {self.slow_gradient!r}.")
+
+
+@dataclass
+class LTMTrainingArguments(DualRateArguments, TrainingArguments):
+    """`TrainingArguments` of dual-rate learning.
+
+    The slow optimiser is the paper's: AdamW 4e-4, betas (0.9, 0.95), weight decay 0.1 on matrices only, 1,000 warm-up
+    steps, cosine to a tenth, gradients clipped to norm 1. The paper's batch is 512 sequences of 1,024 tokens: set
+    `per_device_train_batch_size` and `gradient_accumulation_steps` to it.
+
+    Raises ValueError for a value that cannot work.
+    """
+
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of the decoder (slow)."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of the decoder's AdamW."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay, on matrices only."})
+    warmup_steps: float = field(default=1000, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_kwargs: dict | str | None = field(
+        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule, as JSON."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "The slow step uses every parameter, so that DDP need not look for others."}
+    )

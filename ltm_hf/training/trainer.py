@@ -5,32 +5,82 @@ import time
 from collections import defaultdict
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ..data import collate_blocks
-from ..posterior_ltm import IGNORED, elbo, infer_posterior, negative_log_likelihood, scored_tokens
+from ..posterior_ltm import IGNORED, elbo, frozen, infer_posterior, negative_log_likelihood, scored_tokens
+from .arguments import DualRateArguments
 
 
-class LTMTrainer(Trainer):
-    """`Trainer` whose step infers the latents with the decoder frozen (fast), then trains the decoder (slow).
+def prompts(input_ids, attention_mask=None, labels=None) -> dict[str, torch.Tensor]:
+    """What comes before the first scored token of each row, as `infer_posterior` and `generate` take it.
 
-    Takes `LTMTrainingArguments` and data sets of `input_ids` (as from `ltm_hf.data.pack`); labels are the input.
+    All are (B, S); returns `input_ids` and `attention_mask`, (B, longest prompt), with the completions masked out.
+    """
+    scored = torch.ones_like(input_ids) if labels is None else labels != IGNORED
+    mask = scored.cumsum(dim=1) == 0
+    if attention_mask is not None:
+        mask = mask & attention_mask.bool()
+    width = max(1, int((mask.any(dim=0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
+    return {"input_ids": input_ids[:, :width], "attention_mask": mask[:, :width].long()}
+
+
+class _ClearSums(TrainerCallback):
+    """A training that starts over, as `auto_find_batch_size` does after running out of memory, counts from nothing."""
+
+    def __init__(self, sums: dict):
+        self.sums = sums
+
+    def on_train_begin(self, *args, **kwargs):
+        self.sums.clear()
+
+
+class DualRateMixin:
+    """A `Trainer` step that infers the latents with the decoder frozen (fast), then trains the decoder (slow).
+
+    Placed before any `Trainer`: `class MyTrainer(DualRateMixin, SomeTrainer)`, whose arguments are likewise
+    `class MyArguments(DualRateArguments, SomeArguments)`. The other trainer's loss sees one more input, `latents`.
+    Labels of -100 are not scored, in training and evaluation; `infer_from` says what the latents are fitted to.
     A model with `num_latents=0` trains as any causal LM, so that the baseline of a comparison needs nothing else.
+    The model may be wrapped by PEFT: adapters are frozen in the fast loop like all else, and learn in the slow step.
 
-    Beside Trainer's own, it logs, in nats a token over the steps since the last log:
+    Beside the trainer's own, it logs, in nats a scored token over the steps since the last log:
         loss: -log p(x|z) at samples of the posterior that no fit has seen; kl: KL(q || prior);
-        bound: loss + kl, which bounds the model's loss on the batches from above, before each was learned from;
+        bound: loss + kl, which bounds the model's loss on the batches from above, before each was learned from; with
+            infer_from="prompt" the loss alone, since z then follows from the prompt and is not paid for;
         perplexity_bound: exp(bound); gain: what the last batch's latents save, loss at no latents - loss;
-    and inference_seconds (in the fast loop, a step) and tokens_per_second (read from the data, all processes).
-    Evaluation gives the same names on the whole set, and `eval_loss` is the bound.
+    and inference_seconds (in the fast loop, a step) and tokens_per_second (scored, all processes).
+    Evaluation gives the same names on the whole set, and `eval_loss` is the bound. `eval_no_latents` is the exact loss
+    of the plain decoder and, for rows that have a prompt, `eval_from_prompt` that of a predictor which reads the mean
+    of q(z | prompt), as greedy generation does.
+
+    Raises TypeError for arguments without the fields of `DualRateArguments`, ValueError for a model that is no LTM, for
+    prompt learning of PEFT, and for rows that hold several texts (`position_ids`).
     """
 
-    def __init__(self, *args, data_collator=None, **kwargs):
-        super().__init__(*args, data_collator=data_collator or collate_blocks, **kwargs)
+    def __init__(self, model=None, args=None, *others, **kwargs):
+        if not isinstance(args, DualRateArguments):
+            raise TypeError(
+                f"{type(self).__name__} needs arguments with the fields of DualRateArguments, such as "
+                f"LTMTrainingArguments; got {type(args).__name__}."
+            )
+        super().__init__(model, args, *others, **kwargs)
+        config = self.model.config
+        if not hasattr(config, "num_latents"):
+            raise ValueError(
+                f"A {config.model_type!r} model is no Latent Thought Model: make it the decoder of one with "
+                "LTMForCausalLM.from_pretrained_backbone."
+            )
+        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError(
+                "Prompt learning puts tokens before the text that inference does not know: use LoRA, or another "
+                "PEFT method that changes weights."
+            )
         self._sums = defaultdict(float)  # since the last log, on this process
         self._eval_sums = defaultdict(float)
         self._since = (0, 0.0)  # the step and the time at which `_sums` began
         self._last_batch = None
+        self.add_callback(_ClearSums(self._sums))
 
     # ---------------------------------------------------------------- the step
 
@@ -40,7 +90,7 @@ class LTMTrainer(Trainer):
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch * len(thoughts)  # the losses below then add up to their mean
         loss = sum(
-            super(LTMTrainer, self).training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
+            super(DualRateMixin, self).training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
             for latents in thoughts
         )
         self._last_batch = {**inputs, "latents": thoughts[-1]}
@@ -53,12 +103,17 @@ class LTMTrainer(Trainer):
         self._sums["tokens"] += self._num_scored(inputs)
         if not decoder.config.num_latents:
             return [None]
+        if self.args.infer_from == "prompt" and self._last_batch is None and not self._have_prompts(inputs):
+            raise ValueError(
+                "infer_from='prompt' needs rows with a prompt: two or more tokens with a label of -100 before the "
+                "first that is scored. The first batch has none."
+            )
         start = time.perf_counter()
         seed = self._seed(self.state.global_step + 1)
         trajectory = []
         posterior = infer_posterior(
             decoder,
-            **self._sequences(inputs),
+            **self._evidence(inputs),
             num_inference_steps=self.args.num_inference_steps,
             inference_learning_rate=self._inference_learning_rate(decoder.config),
             seed=seed,
@@ -85,7 +140,29 @@ class LTMTrainer(Trainer):
 
     @staticmethod
     def _sequences(inputs) -> dict:
+        if inputs.get("position_ids") is not None:
+            raise ValueError(
+                "Rows with position_ids hold several texts, which would share one set of latents: pad texts to rows of "
+                "their own, without packing or padding-free batches."
+            )
         return {name: inputs.get(name) for name in ("input_ids", "attention_mask", "labels")}
+
+    def _evidence(self, inputs) -> dict:
+        """What the latents are fitted to, as arguments of `infer_posterior`."""
+        sequences = self._sequences(inputs)
+        if self.args.infer_from == "labels":
+            return sequences
+        if self.args.infer_from == "text":
+            return sequences | {"labels": None}
+        return prompts(**sequences)
+
+    def _have_prompts(self, inputs) -> bool:
+        """Whether any row has a prompt that latents can be inferred from."""
+        return bool((prompts(**self._sequences(inputs))["attention_mask"].sum(dim=1) > 1).any())
+
+    @property
+    def _pays_kl(self) -> bool:
+        return self.args.infer_from != "prompt"
 
     def _num_scored(self, inputs) -> int:
         return int((scored_tokens(**self._sequences(inputs)) != IGNORED).sum())
@@ -103,27 +180,43 @@ class LTMTrainer(Trainer):
         decoder = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         sequences = self._sequences(inputs)
         num_tokens = self._num_scored(inputs)
+        fit = {"num_inference_steps": self.args.num_inference_steps, "seed": self._seed(0)}
         with self.compute_loss_context_manager():
             plain = negative_log_likelihood(decoder, **sequences).sum().item()
-            nll, kl = plain, 0.0
+            # Every name in every batch, since processes add up what they have.
+            sums = {
+                "tokens": num_tokens,
+                "plain": plain,
+                "nll": plain,
+                "kl": 0.0,
+                "from_prompt": 0.0,
+                "prompt_tokens": 0,
+            }
             if decoder.config.num_latents:
-                posterior = infer_posterior(
-                    decoder, **sequences, num_inference_steps=self.args.num_inference_steps, seed=self._seed(0)
-                )
+                posterior = infer_posterior(decoder, **self._evidence(inputs), **fit)
                 estimate = elbo(decoder, posterior=posterior, **sequences, seed=self._seed(0))
-                nll, kl = estimate.nll.sum().item(), estimate.kl.sum().item()
-        for name, value in (("nll", nll), ("kl", kl), ("plain", plain), ("tokens", num_tokens)):
+                sums |= {"nll": estimate.nll.sum().item(), "kl": estimate.kl.sum().item()}
+                if self._have_prompts(inputs):
+                    if self._pays_kl:
+                        posterior = infer_posterior(decoder, **prompts(**sequences), **fit)
+                    from_prompt = negative_log_likelihood(decoder, latents=posterior.mean, **sequences).sum().item()
+                    sums |= {"from_prompt": from_prompt, "prompt_tokens": num_tokens}
+        for name, value in sums.items():
             self._eval_sums[name] += value
-        return torch.tensor((nll + kl) / max(1, num_tokens), device=self.args.device), None, None
+        loss = sums["nll"] + sums["kl"] * self._pays_kl
+        return torch.tensor(loss / max(1, num_tokens), device=self.args.device), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._eval_sums.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self._reduced(self._eval_sums)
         nll, kl, plain = (sums[name] / max(1, sums["tokens"]) for name in ("nll", "kl", "plain"))
-        figures = {"loss": nll + kl, "perplexity_bound": _exp(nll + kl)}
+        bound = nll + kl * self._pays_kl
+        figures = {"loss": bound, "perplexity_bound": _exp(bound)}
         if self.model.config.num_latents:
             figures |= {"nll": nll, "kl": kl, "no_latents": plain, "gain": plain - nll}
+            if sums["prompt_tokens"]:
+                figures["from_prompt"] = sums["from_prompt"] / sums["prompt_tokens"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
@@ -139,12 +232,13 @@ class LTMTrainer(Trainer):
         sums = self._reduced(self._sums)
         figures = {"tokens_per_second": sums["tokens"] / seconds}
         kl = sums["kl"] / max(1, sums["tokens"])
+        bound = loss + kl * self._pays_kl
         if self.model.config.num_latents:
-            figures |= {"kl": kl, "bound": loss + kl, "gain": self._gain()}
+            figures |= {"kl": kl, "bound": bound, "gain": self._gain()}
             figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
             if sums["non_finite_rows"]:
                 figures["non_finite_rows"] = sums["non_finite_rows"]
-        figures["perplexity_bound"] = _exp(loss + kl)
+        figures["perplexity_bound"] = _exp(bound)
         self._sums.clear()
         return figures
 
@@ -153,7 +247,7 @@ class LTMTrainer(Trainer):
         """Nats a token that the last batch's latents save, under the weights as they are now."""
         decoder = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         sequences = self._sequences(self._last_batch)
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), frozen(decoder):  # no dropout
             plain, thinking = (
                 negative_log_likelihood(decoder, **sequences, latents=latents).sum().item()
                 for latents in (None, self._last_batch["latents"])
@@ -165,6 +259,17 @@ class LTMTrainer(Trainer):
         names = sorted(sums)
         totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.args.device)
         return defaultdict(float, zip(names, self.accelerator.reduce(totals, "sum").tolist(), strict=True))
+
+
+class LTMTrainer(DualRateMixin, Trainer):
+    """transformers' `Trainer` with the step of `DualRateMixin`, which says what it logs and evaluates.
+
+    Takes `LTMTrainingArguments` and data sets of `input_ids` (as from `ltm_hf.data.pack`) and, where not all of them
+    are to be scored, `labels`; rows of different lengths are padded.
+    """
+
+    def __init__(self, *args, data_collator=None, **kwargs):
+        super().__init__(*args, data_collator=data_collator or collate_blocks, **kwargs)
 
 
 def _exp(nats: float) -> float:

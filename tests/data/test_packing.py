@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import PreTrainedTokenizerFast
 
-from ltm_hf.data import load_corpus, pack, train_tokenizer
+from ltm_hf.data import collate_blocks, load_corpus, pack, train_tokenizer
 from ltm_hf.data.packing import DOCUMENTS_AT_A_TIME
 
 
@@ -94,6 +94,19 @@ def test_bad_input_is_named(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
     with pytest.raises(ValueError, match="load_tokenizer"):
         pack(documents, bare, 5)
+
+
+def test_rows_of_equal_length_need_no_mask():
+    batch = collate_blocks([{"input_ids": [5, 6]}, {"input_ids": [7, 8]}])
+    assert set(batch) == {"input_ids", "labels"}
+    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[5, 6], [7, 8]]
+
+
+def test_rows_of_several_lengths_are_padded():
+    batch = collate_blocks([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9]}])
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, 9, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["input_ids"][1, :2].tolist() == [8, 9]
 
 
 def test_presidents():
