@@ -333,23 +333,24 @@ def step_size(settings: InferenceSettings, step: int) -> float:
 
 @contextmanager
 def frozen(module: torch.nn.Module):
-    """A fixed function inside: no parameter requires a gradient, no attention weight is dropped out. Restored after.
+    """A fixed function inside: no parameter requires a gradient, nothing is dropped out. Restored after.
 
     Training mode is left on, since gradient checkpointing depends on it.
     """
     trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
-    dropouts = [(m, m.attention_dropout) for m in module.modules() if getattr(m, "attention_dropout", 0)]
+    rates = [(m, "p" if isinstance(m, torch.nn.Dropout) else "attention_dropout") for m in module.modules()]
+    dropouts = [(m, name, getattr(m, name)) for m, name in rates if getattr(m, name, 0)]  # an adapter's are modules
     for parameter in trainable:
         parameter.requires_grad_(False)
-    for attention, _ in dropouts:
-        attention.attention_dropout = 0.0
+    for owner, name, _ in dropouts:
+        setattr(owner, name, 0.0)
     try:
         yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-        for attention, dropout in dropouts:
-            attention.attention_dropout = dropout
+        for owner, name, rate in dropouts:
+            setattr(owner, name, rate)
 
 
 def _differentiable(model) -> Callable:

@@ -387,12 +387,16 @@ def test_generators_are_left_alone(model, ids, settings):
 
 
 def test_dropout_in_training_does_not_reach_inference(make_model, ids):
-    model = make_model(attention_dropout=0.5).train()
+    """The attention's own, and that of a module which someone put in, as adapters are."""
+    model = make_model(attention_dropout=0.5)
+    model.model.norm = torch.nn.Sequential(model.model.norm, torch.nn.Dropout(0.5))
+    model.train()
     before = torch.get_rng_state()
     posterior = model.infer_posterior(ids)
     assert torch.equal(torch.get_rng_state(), before)
     same_posterior(posterior, make_model().infer_posterior(ids))
     assert all(module.training for module in model.modules())
+    assert model.model.layers[0].self_attn.attention_dropout == model.model.norm[1].p == 0.5
 
 
 # ------------------------------------------------------------------ rows
