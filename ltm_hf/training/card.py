@@ -24,9 +24,10 @@ def write_model_card(
     name: str,
     license: str | None = "apache-2.0",
     language: str | list[str] | None = None,
-    tags: list[str] | None = None,
-    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+    dataset_name: str | list[str] | None = None,
     dataset_license: str | None = None,
+    base_model: str | None = None,
     training_arguments=None,
     num_training_steps: int | None = None,
     num_training_tokens: int | None = None,
@@ -40,6 +41,7 @@ def write_model_card(
     name: best the model's repository on the Hub: the card shows how to load it by this name.
     license, language, tags: metadata of the Hub; the license is that of the weights.
     dataset_name, dataset_license: training data, `owner/name` for a data set of the Hub, or any words.
+    base_model: model of the Hub, `owner/name`, that training started from; any other name is left out.
     training_arguments: the run's `LTMTrainingArguments`.
     num_training_steps, num_training_tokens: optimiser steps made, and tokens read in them.
     block_size: tokens of a training sequence; where it is None, FLOPs are given for the model's longest.
@@ -53,6 +55,8 @@ def write_model_card(
     if not name:
         raise ValueError("name must not be empty: it is the card's title, and what the model is loaded by.")
     config = model.config
+    tags = [tags] if isinstance(tags, str) else tags
+    dataset_name = ", ".join(dataset_name) if isinstance(dataset_name, list) else dataset_name
     if isinstance(likelihood, Likelihood):
         likelihood = {dataset_name or "unknown data": likelihood}
     honest, released = _apart(likelihood or {})
@@ -62,12 +66,14 @@ def write_model_card(
         for metric, value, description in _metrics(figures)
     ]
     on_hub = _is_on_hub(dataset_name)
+    base_model = base_model if _is_on_hub(base_model) else None
     metadata = ModelCardData(
         license=license,
         language=language,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["ltm", "custom_code", *(tags or [])],
+        base_model=base_model,
         datasets=[dataset_name] if on_hub else None,
         metrics=["perplexity"] if results else None,
         model_name=name if results else None,
@@ -80,7 +86,7 @@ def write_model_card(
         "tokens": _count(num_training_tokens),
         "tokens of a sequence": _count(block_size),
         "hardware": hardware,
-    }
+    } | ({"started from": base_model} if base_model else {})
     sequence_length = block_size or config.max_position_embeddings
     card = ModelCard.from_template(
         metadata,
@@ -92,7 +98,7 @@ def write_model_card(
         training=training | _recipe(config, training_arguments),
         sequence_length=sequence_length,
         cost=_cost(config, training_arguments, sequence_length, num_training_tokens),
-        # A single block has no standard error.
+        # A single block has no standard error, and neither has Trainer's evaluation.
         figures=markdown_table(honest).replace(" ± nan", "      ") if honest else None,
         measured={data: (figures, _perplexity(figures)) for data, figures in honest.items()},
         measured_steps=config.num_inference_steps if num_inference_steps is None else num_inference_steps,
@@ -222,7 +228,6 @@ def _flops(number: float) -> str:
     return f"{number / 1000**thousands:.2f} {' kMGTPE'[thousands]}".strip()
 
 
-def _is_on_hub(dataset_name: str | None) -> bool:
+def _is_on_hub(name: str | None) -> bool:
     """Whether a name has the form that the Hub takes for an id; files can have it too."""
-    named = dataset_name is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset_name) is not None
-    return named and not Path(dataset_name).exists()
+    return name is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 from ..data import collate_blocks
 from ..posterior_ltm import IGNORED, elbo, frozen, infer_posterior, negative_log_likelihood, scored_tokens
 from .arguments import DualRateArguments
+from .card_mixin import ModelCardMixin
 
 
 def prompts(input_ids, attention_mask=None, labels=None) -> dict[str, torch.Tensor]:
@@ -261,7 +262,7 @@ class DualRateMixin:
         return defaultdict(float, zip(names, self.accelerator.reduce(totals, "sum").tolist(), strict=True))
 
 
-class LTMTrainer(DualRateMixin, Trainer):
+class LTMTrainer(ModelCardMixin, DualRateMixin, Trainer):
     """transformers' `Trainer` with the step of `DualRateMixin`, which says what it logs and evaluates.
 
     Takes `LTMTrainingArguments` and data sets of `input_ids` (as from `ltm_hf.data.pack`) and, where not all of them
