@@ -192,6 +192,12 @@ class LTMConfig(PreTrainedConfig):
         if self.num_latents and self.latent_position_stride is None:
             self.latent_position_stride = max(1, self.max_position_embeddings // self.num_latents)
         InferenceSettings.of(self)  # raises where a setting cannot work
+        # Rules for modules that this model lacks would be warned of at each parallel load.
+        lacking = [] if self.num_latents else [".cross_attn."]
+        lacking += [] if self.self_attention == "qwen3" else [".q_norm", ".k_norm"]
+        self.base_model_tp_plan = {
+            name: rule for name, rule in self.base_model_tp_plan.items() if not any(part in name for part in lacking)
+        }
         # Caches and masks are derived from these.
         kind = "full_attention" if self.sliding_window is None else "sliding_attention"
         kwargs.setdefault("layer_types", [kind] * self.num_hidden_layers)
