@@ -177,6 +177,7 @@ class LTMPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LTMDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
@@ -336,6 +337,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     accepts_loss_kwargs = True
 
     # The functions of posterior_ltm, with the model as their first argument.
