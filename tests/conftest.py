@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ltm_hf import LTMConfig, LTMForCausalLM
+from ltm_hf import LTMConfig, LTMForCausalLM, LTMModel
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -24,16 +24,58 @@ TINY = dict(
 )
 
 
+class LTMModelTester:
+    """A tiny model and inputs for it, in the shape that transformers' common model tests ask for."""
+
+    config_class, base_model_class, causal_lm_class = LTMConfig, LTMModel, LTMForCausalLM
+    all_model_classes = (LTMModel, LTMForCausalLM)
+    pipeline_model_mapping = {"feature-extraction": LTMModel, "text-generation": LTMForCausalLM}
+    is_training = True
+
+    def __init__(self, parent=None, batch_size=3, seq_length=12, **overrides):
+        self.parent, self.batch_size, self.seq_length = parent, batch_size, seq_length
+        self.arguments = TINY | overrides
+        vars(self).update(self.arguments)
+
+    def get_config(self, **overrides):
+        return LTMConfig(**self.arguments | overrides)
+
+    def make_model(self, model_class=LTMForCausalLM, **overrides):
+        """In eval mode, and the same at each call with the same overrides of its configuration."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return model_class(self.get_config(**overrides)).eval()
+
+    def prepare_config_and_inputs(self):
+        """Row i begins with i tokens of padding."""
+        config, generator = self.get_config(), torch.Generator().manual_seed(0)
+        shape = (self.batch_size, self.seq_length)
+        mask = torch.ones(shape, dtype=torch.long).triu()
+        ids = torch.randint(EOS + 1, self.vocab_size, shape, generator=generator).masked_fill(mask == 0, PAD)
+        latents = torch.randn((self.batch_size, *config.latent_shape), generator=generator)
+        return config, ids, mask, latents if config.num_latents else None
+
+    def prepare_config_and_inputs_for_common(self):
+        config, ids, mask, latents = self.prepare_config_and_inputs()
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return config, inputs if latents is None else inputs | {"latents": latents}
+
+    def create_and_check_model(self, config, ids, mask, latents):
+        model = self.base_model_class(config).eval()
+        states = model(ids, attention_mask=mask, latents=latents).last_hidden_state
+        assert states.shape == (self.batch_size, self.seq_length, self.hidden_size)
+
+
+@pytest.fixture(scope="session")
+def make_tester():
+    """`LTMModelTester`: tests cannot import from this file."""
+    return LTMModelTester
+
+
 @pytest.fixture(scope="session")
 def make_model():
     """A tiny model in eval mode, the same at each call with the same overrides of its configuration."""
-
-    def make(model_class=LTMForCausalLM, **overrides):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return model_class(LTMConfig(**TINY | overrides)).eval()
-
-    return make
+    return LTMModelTester().make_model
 
 
 @pytest.fixture
