@@ -250,7 +250,8 @@ class LTMModel(LTMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
-        batch_size = len(input_ids if inputs_embeds is None else inputs_embeds)
+        # .shape, not len(): torch.export keeps the batch size symbolic.
+        batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         if latents is not None:
             if latent_key_values is not None:
                 raise ValueError("Only one of latents and latent_key_values can be given.")

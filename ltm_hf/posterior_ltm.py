@@ -353,6 +353,19 @@ def frozen(module: torch.nn.Module):
             setattr(owner, name, rate)
 
 
+@contextmanager
+def _differentiable_attention(model, device: torch.device):
+    """torch's flex_attention has no backward on the CPU: sdpa there, which computes the same. Restored after."""
+    if device.type != "cpu" or model.config._attn_implementation != "flex_attention":
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("flex_attention")
+
+
 def _differentiable(model) -> Callable:
     """The model; for one built in inference mode, whose tensors autograd cannot save, its forward on copies."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -489,7 +502,8 @@ def infer_posterior(
         raise ValueError(f"epsilon must have the shape {shape} or {(steps, *shape)}, got {tuple(epsilon.shape)}.")
 
     # A caller's inference mode is left: what autograd saves must not be inference tensors.
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model):
+    attention = _differentiable_attention(model, input_ids.device)
+    with torch.inference_mode(False), torch.enable_grad(), frozen(model), attention:
         input_ids, attention_mask, labels, epsilon = (
             x.clone() if x is not None and x.is_inference() else x for x in (input_ids, attention_mask, labels, epsilon)
         )

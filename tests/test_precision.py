@@ -1,0 +1,145 @@
+"""Half precision, mixed precision, int8 weights, and weights that lie elsewhere: near the float32 model, or equal."""
+
+import pytest
+import torch
+from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
+from transformers import TorchAoConfig
+
+from ltm_hf import LTMForCausalLM
+
+GREEDY = dict(do_sample=False, max_new_tokens=14, min_new_tokens=14)
+BOTH_OPTIMIZERS = pytest.mark.parametrize(
+    "settings",
+    [dict(inference_optimizer="natural"), dict(inference_optimizer="adamw", inference_learning_rate=0.3)],
+    ids=["natural", "adamw"],
+)
+
+
+def distance(actual, expected):
+    """Relative, of the whole tensor."""
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def assert_near(actual, expected, tolerance):
+    for name in ("mean", "log_variance", "elbo_trace"):
+        x, y = getattr(actual, name), getattr(expected, name)
+        assert x.dtype == torch.float32 and x.isfinite().all(), name
+        assert distance(x, y) < tolerance, name
+    assert actual.num_non_finite == 0
+
+
+@pytest.fixture
+def latents(make_noise):
+    return make_noise(3, 2, 2, 32)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# ------------------------------------------------------------------ half and mixed precision
+
+DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.2), (torch.float16, 0.02)], ids=str)
+
+
+@DTYPES
+@BOTH_OPTIMIZERS
+def test_half_precision(model, folder, ids, latents, settings, dtype, tolerance):
+    half = LTMForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    posterior = half.infer_posterior(ids, **settings)
+    assert_near(posterior, model.infer_posterior(ids, **settings), tolerance)
+    with torch.no_grad():
+        assert distance(half(ids, latents=latents).logits.float(), model(ids, latents=latents).logits) < tolerance
+        assert distance(half.elbo(ids, posterior).elbo, model.elbo(ids, posterior).elbo) < tolerance
+    text = half.generate(ids, **settings, **GREEDY)
+    assert torch.equal(text, half.generate(ids, latents=posterior.mean, **GREEDY))
+    assert (text == model.generate(ids, **settings, **GREEDY)).float().mean() > 0.75
+
+
+@DTYPES
+def test_mixed_precision(make_model, ids, dtype, tolerance):
+    """A training step inside one autocast region: the fast loop leaves nothing in its cache of cast weights."""
+    results = []
+    for enabled in (False, True):
+        model = make_model().train()
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            posterior = model.infer_posterior(ids)
+            loss = model(ids, latents=posterior.mean, labels=ids).loss
+        loss.backward()
+        results.append((posterior, loss, {name: p.grad for name, p in model.named_parameters()}))
+    (posterior, loss, gradients), (mixed_posterior, mixed_loss, mixed_gradients) = results
+    assert_near(mixed_posterior, posterior, tolerance)
+    assert mixed_loss.dtype == torch.float32 and distance(mixed_loss, loss) < tolerance
+    for name, gradient in gradients.items():
+        assert distance(mixed_gradients[name], gradient) < 2 * tolerance, name
+
+
+# ------------------------------------------------------------------ int8 weights
+
+
+def quantized_in_place(folder):
+    model = LTMForCausalLM.from_pretrained(folder)
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def quantized_when_loaded(folder):
+    return LTMForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+
+
+def dequantized(model, quantized):
+    """`model` with the weights that the quantised one stands for, in float32. An int8 head leaves its embeddings."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    for name, parameter in quantized.named_parameters(remove_duplicate=False):
+        weight = parameter.dequantize() if is_int8(parameter) else parameter
+        model.get_parameter(name).data = weight.detach().clone()
+    return model
+
+
+def is_int8(parameter):
+    return isinstance(parameter, Int8Tensor)
+
+
+@pytest.mark.parametrize("quantize", [quantized_in_place, quantized_when_loaded])
+@BOTH_OPTIMIZERS
+def test_int8_weights(make_model, folder, ids, latents, quantize, settings):
+    """Latents are differentiated through int8 matrices as through the float32 matrices that they stand for."""
+    model = quantize(folder)
+    assert sum(map(is_int8, model.parameters())) >= 2 * 11
+    logits = model(ids, latents=latents).logits
+    assert 0.001 < distance(logits, make_model()(ids, latents=latents).logits) < 0.06
+    exact = dequantized(make_model(), model)
+    assert distance(logits, exact(ids, latents=latents).logits) < 1e-5
+    posterior = model.infer_posterior(ids, **settings)
+    assert_near(posterior, exact.infer_posterior(ids, **settings), 1e-4)
+    expected = exact.generate(ids, **settings, **GREEDY)
+    assert torch.equal(model.generate(ids, **settings, **GREEDY), expected)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(ids + 0, **settings, **GREEDY), expected)
+
+
+def test_int8_weights_are_saved_and_reloaded(folder, ids, tmp_path):
+    model = quantized_when_loaded(folder)
+    model.save_pretrained(tmp_path)
+    loaded = LTMForCausalLM.from_pretrained(tmp_path)
+    assert sum(map(is_int8, loaded.parameters())) == sum(map(is_int8, model.parameters()))
+    assert torch.equal(loaded.infer_posterior(ids).mean, model.infer_posterior(ids).mean)
+    assert torch.equal(loaded.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+# ------------------------------------------------------------------ weights elsewhere
+
+ON_DISK = {"model.layers.1": "disk", "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu",
+           "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", ON_DISK, {"": "disk"}], ids=["cpu", "auto", "layer", "all"])
+def test_device_map(model, folder, ids, latents, device_map, tmp_path):
+    mapped = LTMForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert any(parameter.is_meta for parameter in mapped.parameters()) == isinstance(device_map, dict)
+    assert torch.equal(mapped(ids, latents=latents).logits, model(ids, latents=latents).logits)
+    assert torch.equal(mapped.infer_posterior(ids).mean, model.infer_posterior(ids).mean)
+    assert torch.equal(mapped.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
