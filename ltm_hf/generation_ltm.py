@@ -6,6 +6,7 @@ tensor among the model's keyword arguments, so that every decoding method and ca
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 
 import torch
 from transformers.generation import GenerationMixin
@@ -66,7 +67,8 @@ class LTMGenerationMixin(GenerationMixin):
 
         With `return_dict_in_generate`, the result has the `posterior` of the prompts, None if latents were given. A
         cache holds the latents that it was built with: a call that continues it reads those, unless others are given.
-        Raises ValueError for bad input before any computation, and for `inputs_embeds` without token ids.
+        Raises ValueError for bad input before any computation, and for `inputs_embeds` alone, which has no token ids to
+        infer latents from.
         """
         settings, sample_latents, reinfer_every = self._pop_inference_settings(generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
@@ -84,20 +86,23 @@ class LTMGenerationMixin(GenerationMixin):
         if reinfer_every is not None:
             self._check_reinference(reinfer_every, generation_config, kwargs)
         given = latents if posterior is None else posterior
-        if input_ids is None:
-            if kwargs.get("inputs_embeds") is not None:
-                raise ValueError("Latents are inferred from token ids: pass input_ids (inputs_embeds alone has none).")
-            rows = 1 if given is None else len(given)
-            bos = self._setting(generation_config, kwargs, "bos_token_id")
-            if bos is None:
-                raise ValueError("Generation without a prompt needs a bos_token_id.")
-            input_ids = torch.full((rows, 1), bos, dtype=torch.long, device=self.device)
-        attention_mask = kwargs.get("attention_mask")
-        if attention_mask is None:
-            attention_mask = self._padding_mask(input_ids, generation_config, kwargs)
-        check_sequences(self, input_ids, attention_mask)
-        if given is not None and len(given) != len(input_ids):
-            raise ValueError(f"There are latents for {len(given)} sequences and prompts for {len(input_ids)}.")
+        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
+        if given is None and num_latent_samples is None and cache is not None and cache.get_seq_length():
+            kwargs.setdefault("latent_key_values", getattr(cache, "latent_key_values", None))
+        known = kwargs.get("latent_key_values") is not None
+
+        if input_ids is None and embeds is None:
+            input_ids = self._begin_of_text(1 if given is None else len(given), generation_config, kwargs)
+        if input_ids is not None:
+            attention_mask = kwargs.get("attention_mask")
+            if attention_mask is None:
+                attention_mask = self._padding_mask(input_ids, generation_config, kwargs)
+            check_sequences(self, input_ids, attention_mask)
+        elif not (known or given is not None) or num_latent_samples is not None or reinfer_every is not None:
+            raise ValueError("Latents are inferred from token ids: pass input_ids (inputs_embeds alone has none).")
+        prompts = embeds if input_ids is None else input_ids
+        if given is not None and len(given) != len(prompts):
+            raise ValueError(f"There are latents for {len(given)} sequences and prompts for {len(prompts)}.")
 
         def think(input_ids, attention_mask):
             return infer_posterior(self, input_ids, attention_mask, callback=inference_callback, **settings)
@@ -105,10 +110,7 @@ class LTMGenerationMixin(GenerationMixin):
         def read(posterior):
             return posterior.sample() if sample_latents else posterior.mean
 
-        cache = kwargs.get("past_key_values")
-        if given is None and num_latent_samples is None and cache is not None and cache.get_seq_length():
-            kwargs.setdefault("latent_key_values", getattr(cache, "latent_key_values", None))
-        if kwargs.get("latent_key_values") is None:
+        if not known:
             if given is None:
                 posterior = think(input_ids, attention_mask)
             if num_latent_samples is not None:
@@ -118,7 +120,7 @@ class LTMGenerationMixin(GenerationMixin):
                 kwargs["attention_mask"] = attention_mask.repeat_interleave(num_latent_samples, dim=0)
             elif latents is None:
                 latents = read(posterior)
-            kwargs["latent_key_values"] = self.project_latents(latents.to(input_ids.device))
+            kwargs["latent_key_values"] = self.project_latents(latents.to(prompts.device))
         if reinfer_every is not None:
             kwargs["reinference"] = _Reinference(
                 reinfer_every, input_ids.shape[1], lambda *text: self.project_latents(read(think(*text)))
@@ -140,6 +142,7 @@ class LTMGenerationMixin(GenerationMixin):
         if several or any(self._setting(generation_config, kwargs, name) is not None for name in drafts):
             raise ValueError("reinfer_every works with greedy search and sampling, not with beams or drafted tokens.")
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads the signature
     def prepare_inputs_for_generation(self, input_ids, *args, reinference=None, **kwargs):
         if reinference is not None:
             if reinference.is_due(input_ids):
@@ -174,7 +177,7 @@ class LTMGenerationMixin(GenerationMixin):
             reinference.new_cache = new_cache
 
     def _validate_model_kwargs(self, model_kwargs):
-        # It knows `reinference` by the signature above, which PEFT hides.
+        # `reinference` is for `prepare_inputs_for_generation` alone.
         super()._validate_model_kwargs({name: x for name, x in model_kwargs.items() if name != "reinference"})
 
     def _get_candidate_generator(self, *args, **kwargs):
@@ -187,6 +190,12 @@ class LTMGenerationMixin(GenerationMixin):
                 others if early_exit is None else {"latent_key_values": latents[:, :early_exit]} | others
             )
         return super()._get_candidate_generator(*args, **kwargs)
+
+    def _begin_of_text(self, rows, generation_config, kwargs) -> torch.Tensor:
+        bos = self._setting(generation_config, kwargs, "bos_token_id")
+        if bos is None:
+            raise ValueError("Generation without a prompt needs a bos_token_id.")
+        return torch.full((rows, 1), bos, dtype=torch.long, device=self.device)
 
     def _setting(self, generation_config, kwargs, name):
         """A setting of this call: the keyword, else the given generation config's, else the model's own."""

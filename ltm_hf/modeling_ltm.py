@@ -221,9 +221,14 @@ class LTMModel(LTMPreTrainedModel):
         """
         check_latents(self.config, latents)
         tables = self.latent_position_embeddings(latents.to(self.dtype))
-        projected = [
-            layer.cross_attn.project_latents(latents[:, index], tables) for index, layer in enumerate(self.layers)
-        ]
+        projected = []
+        for index, layer in enumerate(self.layers):
+            sharded = hasattr(layer, "unshard")  # FSDP2 gathers weights for a layer's own forward only
+            if sharded:
+                layer.unshard()
+            projected.append(layer.cross_attn.project_latents(latents[:, index], tables))
+            if sharded:
+                layer.reshard()
         return torch.stack([one.to(projected[0].device) for one in projected], dim=1)
 
     @merge_with_config_defaults
@@ -321,14 +326,14 @@ def check_latents(config: LTMConfig, latents: torch.Tensor, batch_size: int | No
 
 
 def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, batch_size: int) -> None:
-    """Raise a ValueError unless `latent_key_values` is (B, L, 2, K, N, d), of this config and batch size; N is free."""
+    """Raise a ValueError unless `latent_key_values` is (B, L, 2, K, N, d); tensor parallelism decides on K."""
     if not config.num_latents:
         raise ValueError("This model was built with num_latents=0 and takes no latents.")
-    shape = (batch_size, config.num_hidden_layers, 2, config.num_key_value_heads)
-    if latent_key_values.ndim != 6 or latent_key_values.shape[:4] != shape:
+    shape = (batch_size, config.num_hidden_layers, 2)
+    if latent_key_values.ndim != 6 or latent_key_values.shape[:3] != shape:
         raise ValueError(
-            f"latent_key_values must be from project_latents, of the shape {shape} (batch, layers, 2, key-value heads) "
-            f"and (latents a layer, head), got {tuple(latent_key_values.shape)}."
+            f"latent_key_values must be from project_latents, of the shape {shape} (batch, layers, 2) and (key-value "
+            f"heads, latents a layer, head), got {tuple(latent_key_values.shape)}."
         )
 
 

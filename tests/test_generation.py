@@ -394,8 +394,19 @@ def test_bad_tokens(make_model, prompts, num_latents, change, words):
 
 
 def test_embeddings_alone_have_no_tokens_to_infer_from(model, prompts):
-    with pytest.raises(ValueError, match="input_ids"):
-        model.generate(inputs_embeds=model.get_input_embeddings()(prompts), max_new_tokens=2)
+    embeds = model.get_input_embeddings()(prompts)
+    for kwargs in ({}, dict(posterior=model.infer_posterior(prompts), num_latent_samples=2)):
+        with pytest.raises(ValueError, match="input_ids"):
+            model.generate(inputs_embeds=embeds, max_new_tokens=2, **kwargs)
+
+
+def test_embeddings_with_given_latents(model, prompts):
+    embeds, posterior = model.get_input_embeddings()(prompts), model.infer_posterior(prompts)
+    expected = model.generate(prompts, **GREEDY)
+    for given in (dict(posterior=posterior), dict(latents=posterior.mean)):
+        assert torch.equal(model.generate(inputs_embeds=embeds, **given, **GREEDY), expected[:, 7:])
+    with pytest.raises(ValueError, match="latents for 2 sequences and prompts for 3"):
+        model.generate(inputs_embeds=embeds, posterior=posterior[:2], **GREEDY)
 
 
 def test_baseline_takes_no_latents(make_model, prompts, model):

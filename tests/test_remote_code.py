@@ -94,7 +94,7 @@ def test_files_and_their_imports(folder):
             elif isinstance(node, ast.ImportFrom):
                 # safetensors and huggingface_hub are transformers' own requirements.
                 assert node.module.split(".")[0] in {
-                    "collections", "contextlib", "dataclasses", "typing", "os",
+                    "collections", "contextlib", "dataclasses", "functools", "typing", "os",
                     "huggingface_hub", "safetensors", "torch", "transformers",
                 }, name  # fmt: skip
 
