@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 from transformers import TorchAoConfig
 
 from ltm_hf import LTMForCausalLM
+from ltm_hf.posterior_ltm import negative_log_likelihood
 
 GREEDY = dict(do_sample=False, max_new_tokens=14, min_new_tokens=14)
 BOTH_OPTIMIZERS = pytest.mark.parametrize(
@@ -52,7 +54,10 @@ def test_half_precision(model, folder, ids, latents, settings, dtype, tolerance)
     posterior = half.infer_posterior(ids, **settings)
     assert_near(posterior, model.infer_posterior(ids, **settings), tolerance)
     with torch.no_grad():
-        assert distance(half(ids, latents=latents).logits.float(), model(ids, latents=latents).logits) < tolerance
+        logits = half(ids, latents=latents).logits.float()
+        assert distance(logits, model(ids, latents=latents).logits) < tolerance
+        nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").sum(dim=1)
+        torch.testing.assert_close(negative_log_likelihood(half, ids, latents), nll)  # summed in float32
         assert distance(half.elbo(ids, posterior).elbo, model.elbo(ids, posterior).elbo) < tolerance
     text = half.generate(ids, **settings, **GREEDY)
     assert torch.equal(text, half.generate(ids, latents=posterior.mean, **GREEDY))
@@ -61,7 +66,7 @@ def test_half_precision(model, folder, ids, latents, settings, dtype, tolerance)
 
 @DTYPES
 def test_mixed_precision(make_model, ids, dtype, tolerance):
-    """A training step inside one autocast region: the fast loop leaves nothing in its cache of cast weights."""
+    """Both loops of a training step inside one autocast region."""
     results = []
     for enabled in (False, True):
         model = make_model().train()
