@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ltm_hf import LTMConfig, LTMForCausalLM, LTMModel
+from ltm_hf.data import train_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -121,3 +122,22 @@ def pad_rows():
         return batch, mask
 
     return pad
+
+
+@pytest.fixture(scope="session")
+def chat_folder(make_model, tmp_path_factory):
+    """A tiny model with a tokenizer that has a chat template. It writes letters, spaces and full stops only."""
+    tokenizer = train_tokenizer(["The people of Spain. user: hello assistant: hello there"] * 4, 280)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=128, **ids)
+    plain = set("abcdefghijklmnopqrstuvwxyz .")
+    others = [index for index in range(len(tokenizer)) if not plain.issuperset(tokenizer.decode(index))]
+    model.generation_config.suppress_tokens = others
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

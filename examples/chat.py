@@ -1,0 +1,109 @@
+"""Talk with a Latent Thought Model in the terminal, from a folder or the Hub, with or without the package ltm_hf.
+
+python examples/chat.py outputs/ltm-tiny --num_inference_steps 16
+
+It thinks about the whole conversation before each answer. /think N sets for how many steps, /reset forgets the
+conversation, /quit leaves.
+"""
+
+import argparse
+import sys
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+# For a tokenizer without a chat template: a line for each turn.
+PLAIN = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'].capitalize() }}: {{ message['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def note(text, end="\n"):
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+class AnswerStreamer(TextStreamer):
+    """Prints the answer as it is written. The prompt arrives when thinking is over and ends the line that showed it."""
+
+    def put(self, value):
+        if self.next_tokens_are_prompt:
+            note("")
+        super().put(value)
+
+
+def show_thinking(step, latents, elbo):
+    note(f"\rthinking… step {step + 1}, ELBO {elbo.item():.1f} nats ", end="")
+
+
+def encode(tokenizer, history, room):
+    """The most of the conversation that `room` tokens hold: the turn it starts with, and its tokens. None: too long."""
+    for start in range(0, len(history), 2):  # a turn: what the user said and the answer
+        inputs = tokenizer.apply_chat_template(
+            history[start:], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        if inputs["input_ids"].shape[1] <= room:
+            return start // 2, inputs
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Talk with a Latent Thought Model.")
+    parser.add_argument("model", help="folder of a checkpoint, or its name on the Hub")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="longest answer")
+    parser.add_argument("--num_inference_steps", type=int, help="how long to think before each answer")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True).eval()
+    settings = dict(max_new_tokens=options.max_new_tokens, do_sample=not options.greedy)
+    settings |= dict(num_inference_steps=options.num_inference_steps, pad_token_id=tokenizer.pad_token_id)
+    if not options.greedy:
+        settings |= dict(temperature=options.temperature, top_p=options.top_p)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN
+        settings |= dict(stop_strings=["\n"], tokenizer=tokenizer)
+        note('(The tokenizer has no chat template: the dialogue is continued as lines of "User:" and "Assistant:".)')
+    room = model.config.max_position_embeddings - options.max_new_tokens
+    streamer = AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    set_seed(options.seed)
+
+    history = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            break
+        command, _, value = line.partition(" ")
+        if command == "/quit":
+            break
+        elif command == "/reset":
+            history.clear()
+            note("(The conversation is forgotten.)")
+        elif command == "/think" and value.strip().isdecimal():
+            settings["num_inference_steps"] = int(value)
+        elif line.startswith("/"):
+            note("(The commands are /think N, with N of 0 or more, /reset and /quit.)")
+        elif line:
+            history.append({"role": "user", "content": line})
+            fitting = encode(tokenizer, history, room)
+            if fitting is None:
+                history.pop()
+                note(f"(That is too long: the model reads {max(room, 0)} tokens beside an answer.)")
+                continue
+            forgotten, inputs = fitting
+            if forgotten:
+                del history[: 2 * forgotten]
+                note(f"(Turns of the conversation forgotten, because the model cannot read as much: {forgotten}.)")
+            output = model.generate(
+                **inputs.to(model.device), **settings, streamer=streamer, inference_callback=show_thinking
+            )
+            answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            history.append({"role": "assistant", "content": answer.strip()})
+
+
+if __name__ == "__main__":
+    main()
