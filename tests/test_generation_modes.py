@@ -147,14 +147,17 @@ def test_forbidden_tokens_do_not_appear(model, prompts):
 
 
 @pytest.mark.parametrize("steps", [0, 16])
-def test_a_draft_that_thinks_for_another_number_of_steps(make_model, prompts, steps):
+def test_a_draft_that_thinks_for_another_number_of_steps(make_model, prompts, steps, monkeypatch):
     """The text is that of the model's own thought; the draft only proposes from its."""
     model = make_model(sliding_window=64)  # the oldest transformers cannot take tokens out of a full window
     draft = copy.deepcopy(model)
     draft.generation_config.num_inference_steps = steps
     thought, expected = draft.generate(prompts[:1], **GREEDY), model.generate(prompts[:1], **GREEDY)
     assert not torch.equal(thought, expected)
+    read, project = [], draft.project_latents
+    monkeypatch.setattr(draft, "project_latents", lambda latents: read.append(latents) or project(latents))
     assert torch.equal(model.generate(prompts[:1], assistant_model=draft, **GREEDY), expected)
+    assert torch.equal(read[0], draft.infer_posterior(prompts[:1], num_inference_steps=steps).mean)
 
 
 # ------------------------------------------------------------------ when it stops

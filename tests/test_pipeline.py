@@ -67,6 +67,14 @@ def test_a_batch_is_written_as_one_by_one(pipe, inputs, settings):
     assert pipe(inputs, batch_size=len(inputs), **settings) == alone
 
 
+def test_a_batch_that_the_tokenizer_pads(chat_folder, pipe):
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    inputs = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    output = pipe.model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+    expected = [result["generated_text"] for (result,) in pipe(PROMPTS, return_full_text=False, **GREEDY)]
+    assert tokenizer.batch_decode(output) == expected
+
+
 @pytest.mark.parametrize("steps", [0, 9])
 def test_chat_template_and_inference_steps(pipe, steps):
     for messages in CHATS:

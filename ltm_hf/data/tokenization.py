@@ -16,7 +16,7 @@ def train_tokenizer(
     """Train a byte-level BPE as GPT-2's on texts; it encodes every text without loss.
 
     `tokenizer(text)` begins with the begin-of-text token, as a packed block does, and
-    `tokenizer(text, add_special_tokens=False)` is the text alone.
+    `tokenizer(text, add_special_tokens=False)` is the text alone. It pads on the left, as batched generation needs.
 
     Args:
         texts: texts to learn from, one at a time.
@@ -46,6 +46,7 @@ def train_tokenizer(
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
         add_bos_token=True,
+        padding_side="left",
         model_max_length=model_max_length,
     )
 
@@ -55,12 +56,12 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
 
     One with a begin-of-text token of its own keeps it. To others (GPT-2 has a single token for begin and end)
     `<|beginoftext|>` is added as one more entry, which makes 50,258 for GPT-2, and `tokenizer(text)` begins with it.
-    Padding is end-of-text where there was none.
+    Padding is end-of-text where there was none, and on the left, as batched generation needs.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+    tokenizer = AutoTokenizer.from_pretrained(name_or_folder, padding_side="left")
     if tokenizer.eos_token is None:
         raise ValueError(f"The tokenizer {str(name_or_folder)!r} has no end-of-text token (eos_token).")
     if tokenizer.bos_token in (None, tokenizer.eos_token):

@@ -54,6 +54,17 @@ def test_trained_tokenizer_is_saved_whole(tmp_path, tokenizer, odd_texts):
     assert AutoTokenizer.from_pretrained(tmp_path / "limited").model_max_length == 64
 
 
+def test_padding_on_the_left_is_saved(tmp_path, tokenizer):
+    """A decoder continues the end of its input."""
+    tokenizer.save_pretrained(tmp_path / "trained")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>").save_pretrained(
+        tmp_path / "other"
+    )
+    load_tokenizer(tmp_path / "other").save_pretrained(tmp_path / "loaded")
+    for folder, side in (("trained", "left"), ("other", "right"), ("loaded", "left")):
+        assert AutoTokenizer.from_pretrained(tmp_path / folder).padding_side == side
+
+
 def test_vocabulary_must_hold_the_bytes():
     assert len(train_tokenizer(["aaaa"] * 9, 258)) == 258
     with pytest.raises(ValueError, match="at least 258 .* not 257"):
