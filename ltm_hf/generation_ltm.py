@@ -130,9 +130,14 @@ class LTMGenerationMixin(GenerationMixin):
             output["posterior"] = posterior
         return output
 
-    def generate_batch(self, *args, **kwargs):
-        """Refused: continuous batching packs requests into one row, which has no latents for each of them."""
-        raise NotImplementedError("Continuous batching cannot give each request latents of its own; use generate().")
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused with latents: continuous batching packs requests into one row, which has none for each of them.
+
+        Every way into it comes through here: `generate_batch`, its context manager and `transformers serve`.
+        """
+        if self.config.num_latents:
+            raise NotImplementedError("Continuous batching cannot give each request its own latents; use generate().")
+        return super().init_continuous_batching(*args, **kwargs)
 
     def _check_reinference(self, reinfer_every, generation_config, kwargs) -> None:
         if reinfer_every < 1:

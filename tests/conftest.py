@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from ltm_hf import LTMConfig, LTMForCausalLM, LTMModel
-from ltm_hf.data import train_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
 
@@ -127,6 +126,8 @@ def pad_rows():
 @pytest.fixture(scope="session")
 def chat_folder(make_model, tmp_path_factory):
     """A tiny model with a tokenizer that has a chat template. It writes letters, spaces and full stops only."""
+    from ltm_hf.data import train_tokenizer  # imports datasets, which most tests do not need
+
     tokenizer = train_tokenizer(["The people of Spain. user: hello assistant: hello there"] * 4, 280)
     tokenizer.chat_template = (
         "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"

@@ -414,10 +414,28 @@ def test_baseline_takes_no_latents(make_model, prompts, model):
         make_model(num_latents=0).generate(prompts, latents=model.sample_prior(3, seed=0), max_new_tokens=2)
 
 
-def test_continuous_batching_is_refused(model):
+@pytest.mark.parametrize(
+    "enter",
+    [
+        lambda model, config: model.generate_batch([[3, 4, 5]], config),
+        lambda model, config: model.init_continuous_batching(generation_config=config),  # transformers serve's
+        lambda model, config: model.continuous_batching_context_manager(generation_config=config).__enter__(),
+        lambda model, config: model.generate(torch.tensor([[3, 4, 5]]), config, cache_implementation="paged"),
+    ],
+    ids=["generate_batch", "init", "context manager", "paged"],
+)
+def test_continuous_batching_is_refused(model, enter):
     """It packs requests into one row, where each would read another's latents, or none."""
     with pytest.raises(NotImplementedError, match="latents"):
-        model.generate_batch([[3, 4, 5]], GenerationConfig(max_new_tokens=2))
+        enter(model, GenerationConfig(max_new_tokens=2))
+
+
+def test_baseline_is_batched_continuously(make_model, make_ids):
+    model, config = make_model(num_latents=0), GenerationConfig(max_new_tokens=9, eos_token_id=2, pad_token_id=0)
+    prompts = [make_ids(1, length, seed=length) for length in (7, 2)]
+    texts = model.generate_batch([prompt[0].tolist() for prompt in prompts], config, warmup=False).values()
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text.generated_tokens == continuation(model.generate(prompt, config), prompt.shape[1])[0]
 
 
 def test_offloaded_weights_change_nothing(make_model, prompts):
