@@ -87,7 +87,7 @@ class DualRateMixin:
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = self._prepare_inputs(inputs)
-        thoughts = self._think(self.accelerator.unwrap_model(model, keep_torch_compile=False).train(), inputs)
+        thoughts = self._think(self.accelerator.unwrap_model(model, keep_torch_compile=True).train(), inputs)
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch * len(thoughts)  # the losses below then add up to their mean
         loss = sum(
@@ -178,7 +178,7 @@ class DualRateMixin:
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The bound of a batch in nats a token, with fresh noise, and the loss without latents beside it."""
         inputs = self._prepare_inputs(inputs)
-        decoder = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        decoder = self.accelerator.unwrap_model(model, keep_torch_compile=True)
         sequences = self._sequences(inputs)
         num_tokens = self._num_scored(inputs)
         fit = {"num_inference_steps": self.args.num_inference_steps, "seed": self._seed(0)}
@@ -246,7 +246,7 @@ class DualRateMixin:
     @torch.no_grad()
     def _gain(self) -> float:
         """Nats a token that the last batch's latents save, under the weights as they are now."""
-        decoder = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
+        decoder = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=True)
         sequences = self._sequences(self._last_batch)
         with self.compute_loss_context_manager(), frozen(decoder):  # no dropout
             plain, thinking = (

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from torch._dynamo.utils import counters
 
 from ltm_hf import LTMConfig, LTMForCausalLM, elbo
 from ltm_hf.posterior_ltm import infer_posterior
@@ -198,3 +199,17 @@ def test_curves(tmp_path):
     trainer.train()
     plot_curves({"ltm": trainer.state.log_history}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_compiled_decoder_is_compiled_in_the_fast_loop_too(tmp_path):
+    logs = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        arguments = dict(torch_compile=True, torch_compile_backend="eager") if compiled else {}
+        trainer = make_trainer(tmp_path, make_model(), make_blocks(8), **arguments)
+        trainer.train()
+        names = ("loss", "kl", "bound", "gain", "grad_norm")
+        logs.append([[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry])
+    torch.testing.assert_close(*logs, rtol=1e-5, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 4  # inference, learning, and the gain with and without latents
