@@ -92,7 +92,7 @@ class LTMGenerationMixin(GenerationMixin):
         known = kwargs.get("latent_key_values") is not None
 
         if input_ids is None and embeds is None:
-            input_ids = self._begin_of_text(1 if given is None else len(given), generation_config, kwargs)
+            input_ids = self._begin_of_text(latents if posterior is None else posterior.mean, generation_config, kwargs)
         if input_ids is not None:
             attention_mask = kwargs.get("attention_mask")
             if attention_mask is None:
@@ -196,11 +196,13 @@ class LTMGenerationMixin(GenerationMixin):
             )
         return super()._get_candidate_generator(*args, **kwargs)
 
-    def _begin_of_text(self, rows, generation_config, kwargs) -> torch.Tensor:
+    def _begin_of_text(self, latents, generation_config, kwargs) -> torch.Tensor:
+        """(B, 1) tokens for the given latents, and where they are, since all weights may be offloaded; or one."""
         bos = self._setting(generation_config, kwargs, "bos_token_id")
         if bos is None:
             raise ValueError("Generation without a prompt needs a bos_token_id.")
-        return torch.full((rows, 1), bos, dtype=torch.long, device=self.device)
+        rows, device = (1, self.device) if latents is None else (len(latents), latents.device)
+        return torch.full((rows, 1), bos, dtype=torch.long, device=device)
 
     def _setting(self, generation_config, kwargs, name):
         """A setting of this call: the keyword, else the given generation config's, else the model's own."""

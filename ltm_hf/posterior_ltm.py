@@ -161,7 +161,8 @@ def sample_prior(model, batch_size: int, seed: int | None = None) -> torch.Tenso
     """(batch_size, L, N, D) float32 latents from N(0, I). `seed=None` draws one from torch's global generator."""
     if not model.config.num_latents:
         raise ValueError("This model was built with num_latents=0: it has no latents to draw.")
-    keys = torch.arange(batch_size, device=model.device)
+    device = "cpu" if model.device.type == "meta" else model.device  # all weights are offloaded
+    keys = torch.arange(batch_size, device=device)
     return keyed_normal(keys, model.config.latent_shape, _drawn_seed(seed), _SAMPLE)
 
 

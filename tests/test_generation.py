@@ -442,9 +442,11 @@ def test_offloaded_weights_change_nothing(make_model, prompts):
     """Outside a module's forward an offloaded weight is an empty shell: nothing may read one there."""
     model = make_model()
     expected = model.generate(prompts, **GREEDY)
+    unprompted = model.generate(latents=model.sample_prior(2, seed=0), **GREEDY)
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert next(model.parameters()).device.type == "meta"
     assert torch.equal(model.generate(prompts, **GREEDY), expected)
+    assert torch.equal(model.generate(latents=model.sample_prior(2, seed=0), **GREEDY), unprompted)
 
 
 # ------------------------------------------------------------------ thoughts the caller holds
