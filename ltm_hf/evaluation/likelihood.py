@@ -61,7 +61,6 @@ def markdown_table(columns: dict[str, Likelihood]) -> str:
     return "\n".join(lines)
 
 
-@torch.no_grad()
 def evaluate_likelihood(
     model,
     blocks,
@@ -76,6 +75,35 @@ def evaluate_likelihood(
     blocks: a data set with `input_ids`, as from `ltm_hf.data.pack`. num_inference_steps: default the model's.
     num_particles: samples of z that the bound is averaged over. Raises ValueError if there is no block.
     """
+    figures = {}
+    for name, losses in block_losses(
+        model, blocks, batch_size, num_inference_steps, num_particles, seed, progress
+    ).items():
+        if name == "released":  # the mean of exponentials over blocks is the protocol's own
+            mean, error = mean_and_error(losses.exp())
+            figures[name] = (math.log(mean), error / mean)
+        else:
+            figures[name] = mean_and_error(losses)
+    scored = len(blocks[0]["input_ids"]) - 1
+    return Likelihood(figures, scored * len(blocks), len(blocks))
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """The mean and its standard error, NaN for a single value."""
+    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+
+
+@torch.no_grad()
+def block_losses(
+    model,
+    blocks,
+    batch_size: int = 16,
+    num_inference_steps: int | None = None,
+    num_particles: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, torch.Tensor]:
+    """What `evaluate_likelihood` averages, to be compared block by block: (blocks,) nats a token for each figure."""
     if not len(blocks):
         raise ValueError("There is no block to evaluate on.")
     was_training = model.training
@@ -87,17 +115,12 @@ def evaluate_likelihood(
         for name, values in _score(model, input_ids, num_inference_steps, num_particles, seed).items():
             sums[name].append(values.double().cpu())
     model.train(was_training)
-
     length = input_ids.shape[1]
     scored, scored_after_prefix = length - 1, length - length // 2
-    figures = {}
-    for name, parts in sums.items():
-        per_token = torch.cat(parts) / (scored_after_prefix if name.startswith("prefix") else scored)
-        if name == "released":  # the mean of exponentials over blocks is the protocol's own
-            per_token = per_token.exp()
-        mean, error = per_token.mean().item(), (per_token.std() / math.sqrt(len(per_token))).item()
-        figures[name] = (math.log(mean), error / mean) if name == "released" else (mean, error)
-    return Likelihood({name: figures[name] for name in _in_order(figures)}, scored * len(blocks), len(blocks))
+    return {
+        name: torch.cat(sums[name]) / (scored_after_prefix if name.startswith("prefix") else scored)
+        for name in _in_order(sums)
+    }
 
 
 def _score(model, input_ids, num_inference_steps, num_particles, seed) -> dict[str, torch.Tensor]:

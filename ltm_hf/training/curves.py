@@ -1,13 +1,14 @@
-"""Training curves as a picture."""
+"""Curves as pictures: training, and thinking at test time. They need matplotlib (the extra `examples`)."""
 
 from pathlib import Path
 
+import torch
+
+from ..evaluation import mean_and_error
+
 
 def plot_curves(histories: dict[str, list[dict]], path: str | Path) -> None:
-    """Write a PNG of runs' `trainer.state.log_history`, by name: likelihood, and what latents carry.
-
-    Needs matplotlib (the extra `examples`).
-    """
+    """Write a PNG of runs' `trainer.state.log_history`, by name: likelihood, and what latents carry."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -30,4 +31,41 @@ def plot_curves(histories: dict[str, list[dict]], path: str | Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def plot_thinking(losses: dict[int, dict[str, torch.Tensor]], path: str | Path) -> None:
+    """Write a PNG of `ltm_hf.evaluation.block_losses` at several numbers of inference steps: what thinking saves.
+
+    Left, the losses with their standard errors over blocks; right, how far they lie below the same blocks' loss
+    without latents, with the standard error of that difference, block by block.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    level, saved = figure.subplots(1, 2)
+    steps = sorted(losses)
+    lines = {
+        "bound": ("no_latents", "bound, fresh noise (whole block)"),
+        "prefix": ("prefix_no_latents", "prefix: second half, z from the first"),
+    }
+    for color, (name, (plain, label)) in zip(("C0", "C1"), lines.items(), strict=True):
+        style = dict(fmt="o-", color=color, ms=4, capsize=3, label=label)
+        for axes, values in (
+            (level, [mean_and_error(losses[step][name]) for step in steps]),
+            (saved, [mean_and_error(losses[step][plain] - losses[step][name]) for step in steps]),
+        ):
+            means, errors = zip(*values, strict=True)
+            axes.errorbar(steps, means, errors, **style)
+        exact = losses[steps[0]][plain].mean().item()
+        level.axhline(exact, color=color, ls="--", lw=1, label="the same without latents")
+    saved.axhline(0, color="grey", lw=1)
+    level.set(ylabel="nats a token", title="Loss on held-out text")
+    saved.set(ylabel="nats a token", title="What thinking saves over no latents")
+    for axes in (level, saved):
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_xticks(steps, [str(step) for step in steps])
+        axes.set_xlabel("inference steps at test time")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
