@@ -80,7 +80,9 @@ class ModelCardMixin:
         tokens = state.num_input_tokens_seen if step == state.global_step else record.get("num_input_tokens_seen")
         batch = getattr(self, "_last_batch", None) or {}
         packed = "input_ids" in batch and "attention_mask" not in batch  # nothing is padded: all rows are of one length
-        hardware = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type.upper()
+        hardware = args.device.type.upper()
+        if hardware == "CUDA":
+            hardware = torch.cuda.get_device_name(args.device)
         return dict(
             license=None,
             base_model=self.model.config._name_or_path,
@@ -88,7 +90,8 @@ class ModelCardMixin:
             num_training_steps=step or None,
             num_training_tokens=tokens or None,
             block_size=batch["input_ids"].shape[1] if packed else None,
-            hardware=hardware if args.world_size == 1 else f"{args.world_size} x {hardware}",
+            # Several processes on a CPU are not several CPUs.
+            hardware=hardware if args.world_size == 1 or hardware == "CPU" else f"{args.world_size} x {hardware}",
             likelihood=self._evaluated(record),
             num_inference_steps=args.num_inference_steps,
         )

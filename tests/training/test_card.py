@@ -389,6 +389,15 @@ def test_before_training_nothing_is_known(make_trainer, tmp_path):
     assert card.data.base_model == training["started from"] == "someone/before"
 
 
+@pytest.mark.parametrize(("count", "words"), [(1, "NVIDIA H100"), (8, "8 x NVIDIA H100")])
+def test_hardware_is_named_and_counted(make_trainer, monkeypatch, count, words):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    trainer = make_trainer()
+    monkeypatch.setattr(LTMTrainingArguments, "device", torch.device("cuda"))
+    monkeypatch.setattr(LTMTrainingArguments, "world_size", count)
+    assert trainer._known_facts()["hardware"] == words
+
+
 def test_arguments_of_create_model_card(make_trainer, tmp_path):
     """Trainer's own names and this card's; what is given at the call comes before what was given at the start."""
     trainer = make_trainer(card_facts={"license": "mit", "hardware": "an abacus"})
