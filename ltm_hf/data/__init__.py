@@ -1,7 +1,17 @@
-"""From a corpus to blocks of token ids: documents (`corpora`), tokens (`tokenization`), blocks (`packing`)."""
+"""From texts to token ids: documents (`corpora`) and conversations (`chat`), `tokenization`, blocks (`packing`)."""
 
+from .chat import load_conversations, prompt_inputs, set_chat_template
 from .corpora import load_corpus
 from .packing import collate_blocks, pack
 from .tokenization import load_tokenizer, train_tokenizer
 
-__all__ = ["collate_blocks", "load_corpus", "load_tokenizer", "pack", "train_tokenizer"]
+__all__ = [
+    "collate_blocks",
+    "load_conversations",
+    "load_corpus",
+    "load_tokenizer",
+    "pack",
+    "prompt_inputs",
+    "set_chat_template",
+    "train_tokenizer",
+]

@@ -1,0 +1,45 @@
+"""Supervised fine-tuning: dual-rate learning under TRL's SFTTrainer, with its data formats, templates and adapters."""
+
+from dataclasses import dataclass
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError:
+    raise ImportError("ltm_hf.training.sft needs TRL: pip install 'ltm_hf[finetune]'") from None
+
+from .arguments import DualRateArguments
+from .trainer import DualRateMixin
+
+# The modules that a decoder made by `from_pretrained_backbone` has yet to learn: an adapter for one should train them
+# whole, as its `modules_to_save`.
+LATENT_MODULES = ["cross_attn", "cross_attention_layernorm", "cross_attention_gate"]
+
+
+@dataclass
+class LTMSFTConfig(DualRateArguments, SFTConfig):
+    """TRL's `SFTConfig` and the fields of `DualRateArguments`. Defaults are TRL's, bfloat16 and checkpointing included.
+
+    Raises ValueError for packing and padding-free batches, which put several texts into one row where they would share
+    one set of latents, and for a loss that is no likelihood.
+    """
+
+    def __post_init__(self):
+        for name in ("packing", "eval_packing", "padding_free"):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be off: texts in one row would share one set of latents.")
+        if self.loss_type == "dft":
+            raise ValueError("loss_type must be 'nll': a reweighted loss is no likelihood, and bounds nothing.")
+        super().__post_init__()
+
+
+class LTMSFTTrainer(DualRateMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with the step, figures and evaluation of `DualRateMixin`.
+
+    Takes `LTMSFTConfig`, the data sets of `SFTTrainer` (`prompt` and `completion`, `messages`, `text`) and, for an
+    adapter, `peft_config`. What TRL does not score (the prompt, other turns than the assistant's) the bound does not
+    score either; `infer_from` says whether the latents are fitted to it.
+    With slow_gradient="trajectory", `num_tokens` counts a token once for each forward pass of the slow step.
+    """
+
+
+__all__ = ["LATENT_MODULES", "LTMSFTConfig", "LTMSFTTrainer"]

@@ -1,0 +1,248 @@
+"""Fine-tuning with PEFT's adapters and TRL's SFTTrainer."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+
+from ltm_hf import LTMForCausalLM, infer_posterior
+from ltm_hf.data import prompt_inputs, set_chat_template, train_tokenizer
+from ltm_hf.posterior_ltm import negative_log_likelihood
+from ltm_hf.training import LTMTrainer, LTMTrainingArguments
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("trl")
+
+DEFAULTS = dict(
+    max_steps=3,
+    per_device_train_batch_size=4,
+    learning_rate=5e-2,
+    warmup_steps=0,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    use_cpu=True,
+    disable_tqdm=True,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_telemetry(monkeypatch):
+    monkeypatch.setenv("CI", "1")  # TRL sends none then
+
+
+@pytest.fixture
+def rows(make_ids):
+    return Dataset.from_dict({"input_ids": make_ids(rows=16).tolist()})
+
+
+def lora(targets=("q_proj", "v_proj"), **settings):
+    targets = targets if isinstance(targets, str) else list(targets)
+    return peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **settings)
+
+
+def greedy(ids):
+    return dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"], ids=["q and v", "all-linear"])
+def test_an_adapter_is_trained_saved_loaded_and_merged(make_model, rows, ids, tmp_path, targets):
+    base = make_model()
+    weights = {name: value.clone() for name, value in base.state_dict().items()}
+    adapted = peft.get_peft_model(base, lora(targets))
+    trainer = LTMTrainer(adapted, LTMTrainingArguments(str(tmp_path), **DEFAULTS), train_dataset=rows)
+    trainer.train()
+    moved = {name: value.abs().sum().item() for name, value in adapted.named_parameters() if "lora_B" in name}
+    assert all(moved.values())  # they start at zero
+    assert any("cross_attn.v_proj" in name for name in moved)
+    for name, value in base.state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(value, weights[name.replace("base_layer.", "")]), name
+    trainer.save_model()
+
+    adapted.eval()
+    posterior = adapted.infer_posterior(ids)
+    text = adapted.generate(input_ids=ids, **greedy(ids))
+    logits = adapted(input_ids=ids, latents=posterior.mean).logits
+    with adapted.disable_adapter():  # inference thinks with the adapter
+        assert not torch.allclose(adapted.infer_posterior(ids).mean, posterior.mean, atol=1e-2)
+
+    loaded = peft.PeftModel.from_pretrained(make_model(), tmp_path).eval()
+    assert torch.equal(loaded.infer_posterior(ids).mean, posterior.mean)
+    assert torch.equal(loaded.generate(input_ids=ids, **greedy(ids)), text)
+    assert torch.equal(loaded.generate(input_ids=ids, posterior=posterior, **greedy(ids)), text)
+    merged = loaded.merge_and_unload()
+    assert type(merged) is LTMForCausalLM
+    torch.testing.assert_close(merged(ids, latents=posterior.mean).logits, logits, rtol=0, atol=1e-4)
+    assert torch.equal(merged.generate(ids, **greedy(ids)), text)
+
+
+def test_adapters_are_frozen_in_the_fast_loop(make_model, ids):
+    """Neither a gradient nor dropout, and both as they were after it."""
+    adapted = peft.get_peft_model(make_model(), lora("all-linear", lora_dropout=0.5, init_lora_weights=False))
+    expected = infer_posterior(adapted.eval(), ids)
+    asked = []
+    posterior = infer_posterior(
+        adapted.train(), ids, callback=lambda *_: asked.extend(p.requires_grad for p in adapted.parameters())
+    )
+    assert not any(asked) and torch.equal(posterior.mean, expected.mean)
+    trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trainable and all("lora_" in name and adapted.get_parameter(name).grad is None for name in trainable)
+    assert adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_dropout["default"].p == 0.5
+
+
+@pytest.mark.parametrize("gate", [0.1, None])
+def test_an_adapter_brings_the_cross_attention_of_a_new_decoder(rows, ids, tmp_path, gate):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ltm_hf.training.sft import LATENT_MODULES
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    upcycled = LTMForCausalLM.from_pretrained_backbone(
+        LlamaForCausalLM(LlamaConfig(**sizes)), num_latents=4, cross_attention_gate_init=gate
+    )
+    upcycled.save_pretrained(tmp_path / "base")
+    base = LTMForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, lora("all-linear", modules_to_save=LATENT_MODULES))
+    trainer = LTMTrainer(adapted, LTMTrainingArguments(str(tmp_path), **DEFAULTS), train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    posterior = adapted.eval().infer_posterior(ids)
+    assert posterior.mean.abs().max() > 0  # before training its latents carry nothing
+    loaded = peft.PeftModel.from_pretrained(LTMForCausalLM.from_pretrained(tmp_path / "base"), tmp_path).eval()
+    assert torch.equal(loaded.infer_posterior(ids).mean, posterior.mean)
+    text = adapted.generate(input_ids=ids, **greedy(ids))
+    assert torch.equal(loaded.merge_and_unload().generate(ids, **greedy(ids)), text)
+
+
+def test_prompt_learning_is_refused(make_model, rows, tmp_path):
+    tuned = peft.get_peft_model(make_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="Prompt learning puts tokens before the text"):
+        LTMTrainer(tuned, LTMTrainingArguments(str(tmp_path), **DEFAULTS), train_dataset=rows)
+
+
+# ---------------------------------------------------------------- supervised fine-tuning
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = train_tokenizer([f"User:\nWhat is {a} + {a}?\nAssistant:\n{2 * a}." for a in range(30)], 300)
+    set_chat_template(tokenizer)
+    return tokenizer
+
+
+@pytest.fixture
+def make_trainer(make_model, tokenizer, tmp_path):
+    from ltm_hf.training.sft import LTMSFTConfig, LTMSFTTrainer
+
+    def make(rows=None, peft_config=None, **arguments):
+        model = make_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=0)
+        settings = dict(max_length=64, bf16=False, output_dir=str(tmp_path))
+        return LTMSFTTrainer(
+            model,
+            LTMSFTConfig(**DEFAULTS | settings | arguments),
+            train_dataset=Dataset.from_list(rows or QUESTIONS),
+            eval_dataset=Dataset.from_list((rows or QUESTIONS)[:5]),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+QUESTIONS = [
+    {
+        "prompt": [{"role": "user", "content": f"What is {a} + {a}?"}],
+        "completion": [{"role": "assistant", "content": f"{2 * a}." + " Yes." * (a % 3)}],
+    }
+    for a in range(24)
+]
+CHATS = [{"messages": row["prompt"] + row["completion"] + row["prompt"] + row["completion"]} for row in QUESTIONS]
+
+
+@pytest.mark.parametrize("infer_from", ["labels", "text", "prompt"])
+def test_a_step_against_the_definition(make_trainer, tokenizer, infer_from):
+    """TRL's loss, on its own path past the head, is that of the completions at samples of the posterior."""
+    trainer = make_trainer(infer_from=infer_from, gradient_checkpointing=False)
+    model, seed, loss, kl, total = trainer.model, trainer._seed(1), 0, 0, 0
+    for row in QUESTIONS[:3]:
+        prompt = prompt_inputs(row, tokenizer)["input_ids"]
+        ids = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_dict=True, return_tensors="pt")
+        ids = ids["input_ids"]
+        labels = ids.clone()
+        labels[:, : prompt.shape[1]] = -100
+        evidence = {"labels": (ids, None, labels), "text": (ids,), "prompt": (prompt,)}[infer_from]
+        posterior = infer_posterior(model, *evidence, seed=seed)
+        loss = loss + negative_log_likelihood(model, ids, posterior.sample(seed), labels=labels).sum()
+        kl, total = kl + posterior.kl_divergence().sum().item(), total + ids.shape[1] - prompt.shape[1]
+    (loss / total).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    step = trainer.training_step(model, batch, num_items_in_batch=torch.tensor(total))
+    assert step.item() == pytest.approx(loss.item() / total, rel=1e-4)
+    assert trainer._sums["tokens"] == total and trainer._sums["kl"] == pytest.approx(kl, rel=1e-3)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_only_the_assistant_is_scored_in_chat(make_trainer):
+    trainer = make_trainer(CHATS, assistant_only_loss=True)
+    completions = sum(label != -100 for row in make_trainer().train_dataset for label in row["labels"])
+    assert sum(label != -100 for row in trainer.train_dataset for label in row["labels"]) == 2 * completions
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"] + metrics["eval_kl"])
+    assert "eval_from_prompt" in metrics
+
+
+@pytest.mark.parametrize("slow_gradient", ["final", "trajectory"])
+def test_fine_tuning_an_adapter_lowers_the_bound(make_trainer, make_model, tokenizer, tmp_path, slow_gradient):
+    """With what TRL does by default (checkpointing, its own metrics), to an adapter that answers in a clean model."""
+    adapter = lora("all-linear", lora_dropout=0.1)
+    trainer = make_trainer(peft_config=adapter, max_steps=8, learning_rate=3e-2, slow_gradient=slow_gradient)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before - 0.5
+    entry = trainer.state.log_history[1]
+    assert entry["bound"] == pytest.approx(entry["loss"] + entry["kl"])
+    assert {"gain", "entropy", "mean_token_accuracy"} <= set(entry)
+    trainer.save_model()
+    inputs = dict(prompt_inputs(QUESTIONS[0], tokenizer), max_new_tokens=6, pad_token_id=0)
+    clean = make_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=0)
+    loaded = peft.PeftModel.from_pretrained(clean, tmp_path).eval()
+    merged = trainer.model.eval().merge_and_unload()
+    assert torch.equal(loaded.generate(**inputs), merged.generate(**inputs))
+
+
+@pytest.mark.parametrize("option", ["packing", "eval_packing", "padding_free"])
+def test_several_texts_in_a_row_are_refused(tmp_path, option):
+    from ltm_hf.training.sft import LTMSFTConfig
+
+    with pytest.raises(ValueError, match=f"{option} must be off: texts in one row would share one set of latents"):
+        LTMSFTConfig(str(tmp_path), **{option: True})
+
+
+def test_a_loss_that_is_no_likelihood_is_refused(tmp_path):
+    from ltm_hf.training.sft import LTMSFTConfig
+
+    with pytest.raises(ValueError, match="loss_type must be 'nll'"):
+        LTMSFTConfig(str(tmp_path), loss_type="dft")
+
+
+def test_trl_is_optional():
+    """Training imports without it, and its own trainer says what is missing."""
+    code = (
+        "import sys; sys.modules['trl'] = sys.modules['peft'] = None\n"
+        "import ltm_hf.training\n"
+        "try: import ltm_hf.training.sft\n"
+        "except ImportError as error: print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "ltm_hf.training.sft needs TRL: pip install 'ltm_hf[finetune]'"
