@@ -1,6 +1,6 @@
 """Fine-tuning with PEFT's adapters and TRL's SFTTrainer."""
 
-import subprocess
+import importlib
 import sys
 
 import pytest
@@ -118,7 +118,12 @@ def test_an_adapter_brings_the_cross_attention_of_a_new_decoder(rows, ids, tmp_p
     loaded = peft.PeftModel.from_pretrained(LTMForCausalLM.from_pretrained(tmp_path / "base"), tmp_path).eval()
     assert torch.equal(loaded.infer_posterior(ids).mean, posterior.mean)
     text = adapted.generate(input_ids=ids, **greedy(ids))
-    assert torch.equal(loaded.merge_and_unload().generate(ids, **greedy(ids)), text)
+    merged = loaded.merge_and_unload()
+    assert torch.equal(merged.generate(ids, **greedy(ids)), text)
+    before = LTMForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    moved = {name: value - before[name] for name, value in merged.state_dict().items() if "cross_att" in name}
+    assert all(change.any() for change in moved.values())
+    assert all(torch.linalg.matrix_rank(change) > 4 for name, change in moved.items() if "proj" in name)  # not low-rank
 
 
 def test_prompt_learning_is_refused(make_model, rows, tmp_path):
@@ -236,13 +241,15 @@ def test_a_loss_that_is_no_likelihood_is_refused(tmp_path):
         LTMSFTConfig(str(tmp_path), loss_type="dft")
 
 
-def test_trl_is_optional():
+def test_trl_is_optional(monkeypatch):
     """Training imports without it, and its own trainer says what is missing."""
-    code = (
-        "import sys; sys.modules['trl'] = sys.modules['peft'] = None\n"
-        "import ltm_hf.training\n"
-        "try: import ltm_hf.training.sft\n"
-        "except ImportError as error: print(error)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "ltm_hf.training.sft needs TRL: pip install 'ltm_hf[finetune]'"
+    import ltm_hf.training.sft
+
+    monkeypatch.setattr(ltm_hf, "training", ltm_hf.training)  # put back after, as are the modules
+    for name in [name for name in sys.modules if name.startswith("ltm_hf.training")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("trl", "peft"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert importlib.import_module("ltm_hf.training").LTMTrainer is not LTMTrainer  # imported once more
+    with pytest.raises(ImportError, match=r"^ltm_hf.training.sft needs TRL: pip install 'ltm_hf\[finetune\]'$"):
+        importlib.import_module("ltm_hf.training.sft")

@@ -1,0 +1,141 @@
+"""Fine-tune a Latent Thought Model on questions and answers, prompts and completions, or chat.
+
+    accelerate launch examples/finetune.py                         # outputs/ltm-tiny on GSM8K of the Hub
+    accelerate launch examples/finetune.py --files train.jsonl.gz  # rows with messages, prompt and completion, or
+                                                                   # question and answer
+    accelerate launch examples/finetune.py --lora --infer_from prompt
+    accelerate launch examples/finetune.py --backbone Qwen/Qwen2.5-0.5B --num_latents 96 --freeze_backbone
+
+Needs the extra `finetune` (TRL and PEFT).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers import AutoTokenizer, HfArgumentParser
+
+from ltm_hf import LTMForCausalLM
+from ltm_hf.data import load_conversations, prompt_inputs, set_chat_template
+from ltm_hf.training.sft import LATENT_MODULES, LTMSFTConfig, LTMSFTTrainer
+
+# Where the command line says nothing; beyond these, TRL's defaults hold.
+RECIPE = dict(
+    output_dir="outputs/finetuned",
+    max_steps=100,
+    per_device_train_batch_size=8,
+    per_device_eval_batch_size=16,
+    learning_rate=1e-3,
+    warmup_steps=10,
+    lr_scheduler_type="cosine",
+    gradient_checkpointing=False,
+    bf16=torch.cuda.is_available(),
+    dataloader_pin_memory=torch.cuda.is_available(),
+    save_strategy="no",
+    report_to="none",
+)
+
+FIGURES = {
+    "eval_loss": "what training lowers: with --infer_from labels or text a bound, with prompt a predictor's loss",
+    "eval_from_prompt": "a predictor's loss: latents from the prompt only, as in generation",
+    "eval_no_latents": "the same without latents",
+}
+
+
+@dataclass
+class ModelArguments:
+    model: str = field(default="outputs/ltm-tiny", metadata={"help": "Folder of an LTM, or its name on the Hub."})
+    backbone: str | None = field(
+        default=None, metadata={"help": "Instead, a Llama, Mistral, Qwen2 or Qwen3 model to make an LTM of."}
+    )
+    num_latents: int = field(default=24, metadata={"help": "Of an LTM made of a backbone: a multiple of its layers."})
+    sliding_window: int | None = field(default=None, metadata={"help": "Its attention window; default: as it is."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train only what reads the latents."})
+    lora: bool = field(default=False, metadata={"help": "Train a low-rank adapter and save it alone."})
+    lora_rank: int = field(default=16, metadata={"help": "Its rank."})
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "Modules it changes, such as q_proj v_proj."}
+    )
+
+
+@dataclass
+class DataArguments:
+    files: list[str] | None = field(default=None, metadata={"help": "Local json or parquet files."})
+    dataset_name: str = field(default="openai/gsm8k", metadata={"help": "Or a data set of the Hub."})
+    dataset_config_name: str | None = field(default="main", metadata={"help": "Its configuration."})
+    eval_rows: int = field(default=64, metadata={"help": "Held-out rows to score."})
+    max_new_tokens: int = field(default=80, metadata={"help": "Length of the answer that is written at the end."})
+
+
+def load_model(options, output_dir):
+    if not options.backbone:
+        return LTMForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model = LTMForCausalLM.from_pretrained_backbone(
+        options.backbone, options.num_latents, options.sliding_window, options.freeze_backbone
+    ).float()
+    if options.lora:  # an adapter is of no use without the model that it was made for
+        model.save_pretrained(output_dir / "base")
+        model = LTMForCausalLM.from_pretrained(output_dir / "base")
+    return model
+
+
+def adapter(options):
+    if not options.lora:
+        return None
+    targets = options.lora_targets
+    return LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=2 * options.lora_rank,
+        target_modules=targets[0] if len(targets) == 1 else targets,
+        modules_to_save=LATENT_MODULES if options.backbone else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def main():
+    parser = HfArgumentParser((ModelArguments, DataArguments, LTMSFTConfig))
+    parser.set_defaults(**RECIPE)
+    options, data, args = parser.parse_args_into_dataclasses()
+    folder = Path(args.output_dir)
+
+    rows = load_conversations(data.files or data.dataset_name, config_name=data.dataset_config_name, seed=args.seed)
+    held_out = rows["validation"].select(range(min(data.eval_rows, len(rows["validation"]))))
+    tokenizer = AutoTokenizer.from_pretrained(options.backbone or options.model)
+    set_chat_template(tokenizer)
+    model = load_model(options, folder)
+    longest = model.config.max_position_embeddings
+    args.max_length = min(args.max_length or longest, longest)
+    args.assistant_only_loss |= "messages" in held_out.column_names
+
+    trainer = LTMSFTTrainer(
+        model,
+        args,
+        train_dataset=rows["train"],
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=adapter(options),
+    )
+    if options.lora:
+        trainer.model.print_trainable_parameters()
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    trainer.save_model()
+    if not trainer.is_world_process_zero():
+        return
+
+    print(f"\n{len(held_out)} held-out rows, nats a scored token:\n")
+    for name, meaning in FIGURES.items():
+        if name in after:
+            print(f"{name:17} {before[name]:.3f} -> {after[name]:.3f}  {meaning}")
+    inputs = prompt_inputs(held_out[0], tokenizer).to(model.device)
+    output = trainer.model.eval().generate(
+        **inputs, max_new_tokens=data.max_new_tokens, pad_token_id=tokenizer.pad_token_id
+    )
+    print(f"\n{tokenizer.decode(output[0], skip_special_tokens=True)}")
+    print(f"\n{'Adapter' if options.lora else 'Model'} and tokenizer are in {folder}.")
+
+
+if __name__ == "__main__":
+    main()
