@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from ltm_hf import LTMForCausalLM
 from ltm_hf.data import load_conversations, prompt_inputs, set_chat_template
@@ -103,6 +103,7 @@ def main():
     held_out = rows["validation"].select(range(min(data.eval_rows, len(rows["validation"]))))
     tokenizer = AutoTokenizer.from_pretrained(options.backbone or options.model)
     set_chat_template(tokenizer)
+    set_seed(args.seed)  # a new decoder's weights are the same on every process
     model = load_model(options, folder)
     longest = model.config.max_position_embeddings
     args.max_length = min(args.max_length or longest, longest)
