@@ -8,6 +8,7 @@ except ImportError:
     raise ImportError("ltm_hf.training.sft needs TRL: pip install 'ltm_hf[finetune]'") from None
 
 from .arguments import DualRateArguments
+from .card_mixin import ModelCardMixin
 from .trainer import DualRateMixin
 
 # The modules that a decoder made by `from_pretrained_backbone` has yet to learn: an adapter for one should train them
@@ -32,8 +33,8 @@ class LTMSFTConfig(DualRateArguments, SFTConfig):
         super().__post_init__()
 
 
-class LTMSFTTrainer(DualRateMixin, SFTTrainer):
-    """TRL's `SFTTrainer` with the step, figures and evaluation of `DualRateMixin`.
+class LTMSFTTrainer(ModelCardMixin, DualRateMixin, SFTTrainer):
+    """TRL's `SFTTrainer` with the step, figures and evaluation of `DualRateMixin`, and the card of `ModelCardMixin`.
 
     Takes `LTMSFTConfig`, the data sets of `SFTTrainer` (`prompt` and `completion`, `messages`, `text`) and, for an
     adapter, `peft_config`. What TRL does not score (the prompt, other turns than the assistant's) the bound does not
