@@ -116,6 +116,7 @@ def main():
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=adapter(options),
+        card_facts={"dataset_name": None if data.files else data.dataset_name},
     )
     if options.lora:
         trainer.model.print_trainable_parameters()

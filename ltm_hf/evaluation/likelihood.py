@@ -15,6 +15,7 @@ DESCRIPTIONS = {
     "nll": "its first part: NLL given latents fitted to the same text",
     "kl": "its second part: what those latents cost",
     "no_latents": "exact loss without latents",
+    "from_prompt": "exact loss of the scored tokens, latents from the prompt before them only",
     "prefix": "exact loss of each block's second half, latents from its first half only; compare with an AR model's",
     "prefix_no_latents": "exact loss of the same second halves, without latents",
     "released": "log of the released protocol's perplexity: the fit's own noise, mean of exp over blocks; NOT a bound",

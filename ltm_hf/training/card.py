@@ -124,8 +124,8 @@ def _apart(likelihoods: dict[str, Likelihood]) -> tuple[dict[str, Likelihood], d
 
 
 def _perplexity(likelihood: Likelihood) -> float | None:
-    """A bound with latents; exact for a model that has none."""
-    name = next((name for name in ("bound", "no_latents") if name in likelihood), None)
+    """A bound with latents, unless they are from the prompt alone; exact for a model that has none."""
+    name = next((name for name in ("bound", "from_prompt", "no_latents") if name in likelihood), None)
     return name and _exp(likelihood[name])
 
 

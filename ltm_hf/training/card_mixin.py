@@ -98,8 +98,11 @@ class ModelCardMixin:
 
     def _evaluated(self, record: dict) -> Likelihood | dict[str, Likelihood] | None:
         """What Trainer's evaluation found, which has no standard errors; by name where there are several data sets."""
-        keys = {"bound": "loss", "nll": "nll", "kl": "kl", "no_latents": "no_latents"}
-        keys = keys if self.model.config.num_latents else {"no_latents": "loss"}
+        keys = {"from_prompt": "from_prompt", "no_latents": "no_latents"}
+        if not self.model.config.num_latents:
+            keys = {"no_latents": "loss"}
+        elif self.args.infer_from != "prompt":
+            keys |= {"bound": "loss", "nll": "nll", "kl": "kl"}
         data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         found = {}
         for name, blocks in data.items():

@@ -1,6 +1,7 @@
 """Fine-tuning with PEFT's adapters and TRL's SFTTrainer."""
 
 import importlib
+import re
 import sys
 
 import pytest
@@ -68,6 +69,7 @@ def test_an_adapter_is_trained_saved_loaded_and_merged(make_model, rows, ids, tm
     adapted.eval()
     posterior = adapted.infer_posterior(ids)
     text = adapted.generate(input_ids=ids, **greedy(ids))
+    assert torch.equal(adapted.generate(input_ids=ids, reinfer_every=3, **greedy(ids))[:, :-3], text[:, :-3])
     logits = adapted(input_ids=ids, latents=posterior.mean).logits
     with adapted.disable_adapter():  # inference thinks with the adapter
         assert not torch.allclose(adapted.infer_posterior(ids).mean, posterior.mean, atol=1e-2)
@@ -205,6 +207,16 @@ def test_only_the_assistant_is_scored_in_chat(make_trainer):
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_nll"] + metrics["eval_kl"])
     assert "eval_from_prompt" in metrics
+
+
+@pytest.mark.parametrize(("infer_from", "bounds"), [("labels", True), ("prompt", False)])
+def test_the_card_calls_only_a_bound_a_bound(make_trainer, tmp_path, infer_from, bounds):
+    trainer = make_trainer(infer_from=infer_from)
+    metrics = trainer.evaluate()
+    trainer.save_model(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert re.search(rf"\| from_prompt +\| {metrics['eval_from_prompt']:.3f} ", card)
+    assert ("| bound" in card) == ("perplexity at most" in card) == bounds
 
 
 @pytest.mark.parametrize("slow_gradient", ["final", "trajectory"])
