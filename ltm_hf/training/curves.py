@@ -45,27 +45,28 @@ def plot_thinking(losses: dict[int, dict[str, torch.Tensor]], path: str | Path) 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     level, saved = figure.subplots(1, 2)
     steps = sorted(losses)
-    lines = {
-        "bound": ("no_latents", "bound, fresh noise (whole block)"),
-        "prefix": ("prefix_no_latents", "prefix: second half, z from the first"),
-    }
-    for color, (name, (plain, label)) in zip(("C0", "C1"), lines.items(), strict=True):
-        style = dict(fmt="o-", color=color, ms=4, capsize=3, label=label)
+    lines = (
+        ("bound", "no_latents", "bound with fresh noise, whole block"),
+        ("prefix", "prefix_no_latents", "prefix: second half, latents from the first"),
+    )
+    for index, (name, plain, label) in enumerate(lines):
+        color = f"C{index}"
+        places = [place + 0.12 * (index - 0.5) for place in range(len(steps))]  # side by side, so that bars can be read
         for axes, values in (
             (level, [mean_and_error(losses[step][name]) for step in steps]),
             (saved, [mean_and_error(losses[step][plain] - losses[step][name]) for step in steps]),
         ):
-            means, errors = zip(*values, strict=True)
-            axes.errorbar(steps, means, errors, **style)
-        exact = losses[steps[0]][plain].mean().item()
-        level.axhline(exact, color=color, ls="--", lw=1, label="the same without latents")
+            axes.errorbar(places, *zip(*values, strict=True), fmt="o-", color=color, ms=4, capsize=3, label=label)
+        level.axhline(losses[steps[0]][plain].mean().item(), color=color, ls="--", lw=1, label="the same, no latents")
     saved.axhline(0, color="grey", lw=1)
-    level.set(ylabel="nats a token", title="Loss on held-out text")
-    saved.set(ylabel="nats a token", title="What thinking saves over no latents")
-    for axes in (level, saved):
-        axes.set_xscale("symlog", base=2, linthresh=1)
-        axes.set_xticks(steps, [str(step) for step in steps])
-        axes.set_xlabel("inference steps at test time")
+    for axes, title in (
+        (level, "Held-out loss, ± standard error"),
+        (saved, "Saved over no latents, block by block, ± standard error"),
+    ):
+        axes.set_xticks(range(len(steps)), [str(step) for step in steps])
+        axes.set(xlabel="inference steps at test time", ylabel="nats a token", title=title)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    level.margins(y=0.3)  # room for the legend
+    level.legend(fontsize=8, ncols=2, loc="upper center")
+    saved.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)

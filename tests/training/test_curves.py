@@ -27,8 +27,8 @@ def test_thinking_curve(tmp_path, monkeypatch):
     assert (tmp_path / "thinking.png").read_bytes().startswith(b"\x89PNG")
     level, saved, prefix_level, prefix_saved = drawn
     error = plain.std().item() / math.sqrt(3)
-    assert "bound" in level[0] and level[1:] == ([0, 2], pytest.approx([3.0, 2.9]), pytest.approx([error] * 2))
-    assert saved[1:] == ([0, 2], pytest.approx([0.0, 0.1]), pytest.approx([0, 0], abs=1e-12))
+    assert "bound" in level[0] and level[2:] == (pytest.approx([3.0, 2.9]), pytest.approx([error] * 2))
+    assert saved[2:] == (pytest.approx([0.0, 0.1]), pytest.approx([0, 0], abs=1e-12))
     assert "prefix" in prefix_level[0] and prefix_level[2] == pytest.approx([4.0, 4.0])
     assert prefix_saved[2] == pytest.approx([0.0, 0.0])
 
