@@ -470,6 +470,7 @@ def test_every_push_brings_the_card_and_the_code_of_its_weights(tmp_path):
         environment |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_dummy", "HF_HUB_DISABLE_XET": "1"}
         environment |= {"HF_HOME": str(tmp_path / "home"), "HTTPS_PROXY": "http://127.0.0.1:9"}
         environment |= {"PYTHONPATH": str(Path(ltm_hf.__file__).parents[1]), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment |= {"HF_HUB_OFFLINE": "0"}
         result = subprocess.run(
             [sys.executable, "-c", PUSH, str(tmp_path / "run")], env=environment, capture_output=True, text=True
         )
