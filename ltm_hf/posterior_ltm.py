@@ -338,18 +338,20 @@ def frozen(module: torch.nn.Module):
 
     Training mode is left on, since gradient checkpointing depends on it.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad and not p.is_inference()]
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad and not p.is_inference()}
     rates = [(m, "p" if isinstance(m, torch.nn.Dropout) else "attention_dropout") for m in module.modules()]
     dropouts = [(m, name, getattr(m, name)) for m, name in rates if getattr(m, name, 0)]  # an adapter's are modules
-    for parameter in trainable:
+    for parameter in trainable.values():
         parameter.requires_grad_(False)
     for owner, name, _ in dropouts:
         setattr(owner, name, 0.0)
     try:
         yield
     finally:
-        for parameter in trainable:
+        now = dict(module.named_parameters())  # FSDP2 puts others in their place
+        for name, parameter in trainable.items():
             parameter.requires_grad_(True)
+            now[name].requires_grad_(True)
         for owner, name, rate in dropouts:
             setattr(owner, name, rate)
 
@@ -410,8 +412,8 @@ class _EarlyStop:
         self.stopped = num_tokens == 0
         self.mean = self.log_variance = None
 
-    def observe(self, trace: list[torch.Tensor], mean, log_variance) -> bool:
-        """Take note of a step's outcome. True once all rows have stopped, on all processes."""
+    def observe(self, trace: list[torch.Tensor], mean, log_variance) -> torch.Tensor:
+        """Take note of a step's outcome. True once all rows have stopped."""
         if self.mean is None:
             self.mean, self.log_variance = mean.clone(), log_variance.clone()
         running = _rows(~self.stopped)
@@ -420,12 +422,20 @@ class _EarlyStop:
         if len(trace) >= 2 * self.WINDOW:
             before, now = torch.stack(trace[-2 * self.WINDOW :]).unflatten(0, (2, self.WINDOW)).mean(dim=1)
             self.stopped = self.stopped | ~(now - before >= self.least_gain)
-        all_stopped = self.stopped.all()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Sharded decoders take their steps together.
-            all_stopped = all_stopped.to(torch.int32)
-            torch.distributed.all_reduce(all_stopped, torch.distributed.ReduceOp.MIN)
-        return bool(all_stopped)
+        return self.stopped.all()
+
+
+def _on_all_processes(model, done: torch.Tensor) -> bool:
+    """Whether no process needs another step, where they take steps together: in training, and where weights are sharded.
+
+    Elsewhere each process goes its own way, and one alone may infer.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        fsdp2 = any(hasattr(module, "unshard") for module in model.modules())
+        if model.training or fsdp2 or any(hasattr(parameter, "ds_status") for parameter in model.parameters()):
+            done = done.to(torch.int32)
+            torch.distributed.all_reduce(done, torch.distributed.ReduceOp.MIN)
+    return bool(done)
 
 
 def _rows(mask: torch.Tensor) -> torch.Tensor:
@@ -519,7 +529,7 @@ def infer_posterior(
         tolerance = settings.inference_tolerance
         early_stop = None if tolerance is None else _EarlyStop(tolerance, num_tokens)
         trace = []
-        for step in range(0 if nothing_to_explain.all() else steps):
+        for step in range(0 if _on_all_processes(model, nothing_to_explain.all()) else steps):
             if epsilon is None:
                 draw = step if settings.inference_noise == "fresh" else 0
                 noise_now = keyed_normal(keys, shape[1:], seed, _FIT, draw)
@@ -535,8 +545,10 @@ def infer_posterior(
                 if callback is not None:
                     callback(step, latents.detach(), trace[-1])
                 optimizer.update(gradient, noise_now, step_size(settings, step))
-                if early_stop is not None and early_stop.observe(trace, optimizer.mean, optimizer.log_variance):
-                    break
+                if early_stop is not None:
+                    stopped = early_stop.observe(trace, optimizer.mean, optimizer.log_variance)
+                    if _on_all_processes(model, stopped):
+                        break
 
         with torch.no_grad():
             fitted = optimizer if early_stop is None or not trace else early_stop

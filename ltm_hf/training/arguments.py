@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .sharding import GATHER_DURING_INFERENCE
+
 SLOW_GRADIENTS = ("final", "trajectory")
 INFER_FROM = ("labels", "text", "prompt")
 
@@ -51,9 +53,22 @@ class DualRateArguments:
             "choices": INFER_FROM,
         },
     )
+    gather_during_inference: str = field(
+        default="auto",
+        metadata={
+            "help": "Under FSDP2 and ZeRO-3, gather the sharded parameters once for all fast steps of a batch: "
+            "'always', 'never' (at each use, for models that do not fit a device), or 'auto': if all of them take at "
+            "most a quarter of the device's memory.",
+            "choices": GATHER_DURING_INFERENCE,
+        },
+    )
 
     def __post_init__(self):
-        for name, choices in (("slow_gradient", SLOW_GRADIENTS), ("infer_from", INFER_FROM)):
+        for name, choices in (
+            ("slow_gradient", SLOW_GRADIENTS),
+            ("infer_from", INFER_FROM),
+            ("gather_during_inference", GATHER_DURING_INFERENCE),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         if self.num_inference_steps is not None and self.num_inference_steps < 0:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -11,6 +12,7 @@ from ..data import collate_blocks
 from ..posterior_ltm import IGNORED, elbo, frozen, infer_posterior, negative_log_likelihood, scored_tokens
 from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
+from .sharding import accumulating, float32_reductions, gathered
 
 
 def prompts(input_ids, attention_mask=None, labels=None) -> dict[str, torch.Tensor]:
@@ -83,6 +85,10 @@ class DualRateMixin:
         self._last_batch = None
         self.add_callback(_ClearSums(self._sums))
 
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        float32_reductions(self.accelerator)
+
     # ---------------------------------------------------------------- the step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -90,10 +96,10 @@ class DualRateMixin:
         thoughts = self._think(self.accelerator.unwrap_model(model, keep_torch_compile=True).train(), inputs)
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch * len(thoughts)  # the losses below then add up to their mean
-        loss = sum(
-            super(DualRateMixin, self).training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
-            for latents in thoughts
-        )
+        loss = 0
+        for number, latents in enumerate(thoughts, start=1):
+            with nullcontext() if number == len(thoughts) else accumulating(self.accelerator, model):
+                loss += super().training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
         self._last_batch = {**inputs, "latents": thoughts[-1]}
         return loss if num_items_in_batch is not None else loss / len(thoughts)
 
@@ -101,10 +107,10 @@ class DualRateMixin:
         """The latents that the decoder learns from, one (B, L, N, D) tensor for each forward pass of the slow step."""
         if not self._sums:
             self._since = (self.state.global_step, time.perf_counter())
-        self._sums["tokens"] += self._num_scored(inputs)
+        self._sums["tokens"] += self._num_scored(inputs).sum().item()
         if not decoder.config.num_latents:
             return [None]
-        if self.args.infer_from == "prompt" and self._last_batch is None and not self._have_prompts(inputs):
+        if self.args.infer_from == "prompt" and self._last_batch is None and not self._any_prompt(inputs):
             raise ValueError(
                 "infer_from='prompt' needs rows with a prompt: two or more tokens with a label of -100 before the "
                 "first that is scored. The first batch has none."
@@ -112,14 +118,15 @@ class DualRateMixin:
         start = time.perf_counter()
         seed = self._seed(self.state.global_step + 1)
         trajectory = []
-        posterior = infer_posterior(
-            decoder,
-            **self._evidence(inputs),
-            num_inference_steps=self.args.num_inference_steps,
-            inference_learning_rate=self._inference_learning_rate(decoder.config),
-            seed=seed,
-            callback=lambda step, latents, elbo: trajectory.append(latents),
-        )
+        with gathered(decoder, self.args.gather_during_inference, keep=True):
+            posterior = infer_posterior(
+                decoder,
+                **self._evidence(inputs),
+                num_inference_steps=self.args.num_inference_steps,
+                inference_learning_rate=self._inference_learning_rate(decoder.config),
+                seed=seed,
+                callback=lambda step, latents, elbo: trajectory.append(latents),
+            )
         self._sums["inference_seconds"] += time.perf_counter() - start
         self._sums["kl"] += posterior.kl_divergence().sum().item()
         self._sums["non_finite_rows"] += posterior.num_non_finite
@@ -157,20 +164,26 @@ class DualRateMixin:
             return sequences | {"labels": None}
         return prompts(**sequences)
 
-    def _have_prompts(self, inputs) -> bool:
-        """Whether any row has a prompt that latents can be inferred from."""
-        return bool((prompts(**self._sequences(inputs))["attention_mask"].sum(dim=1) > 1).any())
+    def _have_prompts(self, inputs) -> torch.Tensor:
+        """(B,): whether a row has a prompt that latents can be inferred from."""
+        return prompts(**self._sequences(inputs))["attention_mask"].sum(dim=1) > 1
+
+    def _any_prompt(self, inputs) -> bool:
+        """The same answer on all processes, since sharded decoders run together."""
+        return bool(self.accelerator.reduce(self._have_prompts(inputs).sum(), "sum"))
 
     @property
     def _pays_kl(self) -> bool:
         return self.args.infer_from != "prompt"
 
-    def _num_scored(self, inputs) -> int:
-        return int((scored_tokens(**self._sequences(inputs)) != IGNORED).sum())
+    def _num_scored(self, inputs) -> torch.Tensor:
+        """(B,)"""
+        return (scored_tokens(**self._sequences(inputs)) != IGNORED).sum(dim=1)
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay on matrices only: neither on norms nor on gates."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+        shapes = ((name, getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters())  # ZeRO-3 flattens
+        return [name for name, shape in shapes if len(shape) >= 2]
 
     # ---------------------------------------------------------------- evaluation
 
@@ -182,35 +195,30 @@ class DualRateMixin:
         sequences = self._sequences(inputs)
         num_tokens = self._num_scored(inputs)
         fit = {"num_inference_steps": self.args.num_inference_steps, "seed": self._seed(0)}
-        with self.compute_loss_context_manager():
-            plain = negative_log_likelihood(decoder, **sequences).sum().item()
-            # Every name in every batch, since processes add up what they have.
-            sums = {
-                "tokens": num_tokens,
-                "plain": plain,
-                "nll": plain,
-                "kl": 0.0,
-                "from_prompt": 0.0,
-                "prompt_tokens": 0,
-            }
+        with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager():
+            plain = negative_log_likelihood(decoder, **sequences)
+            rows = {"tokens": num_tokens, "plain": plain, "nll": plain, "kl": torch.zeros_like(plain)}
             if decoder.config.num_latents:
                 posterior = infer_posterior(decoder, **self._evidence(inputs), **fit)
                 estimate = elbo(decoder, posterior=posterior, **sequences, seed=self._seed(0))
-                sums |= {"nll": estimate.nll.sum().item(), "kl": estimate.kl.sum().item()}
-                if self._have_prompts(inputs):
+                rows |= {"nll": estimate.nll, "kl": estimate.kl}
+                if self._any_prompt(inputs):
                     if self._pays_kl:
                         posterior = infer_posterior(decoder, **prompts(**sequences), **fit)
-                    from_prompt = negative_log_likelihood(decoder, latents=posterior.mean, **sequences).sum().item()
-                    sums |= {"from_prompt": from_prompt, "prompt_tokens": num_tokens}
-        for name, value in sums.items():
-            self._eval_sums[name] += value
-        loss = sums["nll"] + sums["kl"] * self._pays_kl
-        return torch.tensor(loss / max(1, num_tokens), device=self.args.device), None, None
+                    have = self._have_prompts(inputs)
+                    from_prompt = negative_log_likelihood(decoder, latents=posterior.mean, **sequences)
+                    rows |= {"from_prompt": from_prompt * have, "prompt_tokens": num_tokens * have}
+        # All processes', without the rows that only fill up the last batch.
+        figures = self.accelerator.gather_for_metrics(torch.stack([row.float() for row in rows.values()], dim=1))
+        for name, total in zip(rows, figures.cpu().sum(dim=0, dtype=torch.float64).tolist(), strict=True):
+            self._eval_sums[name] += total
+        loss = (rows["nll"] + rows["kl"] * self._pays_kl).sum() / num_tokens.sum().clamp(min=1)
+        return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._eval_sums.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = self._reduced(self._eval_sums)
+        sums = self._eval_sums
         nll, kl, plain = (sums[name] / max(1, sums["tokens"]) for name in ("nll", "kl", "plain"))
         bound = nll + kl * self._pays_kl
         figures = {"loss": bound, "perplexity_bound": _exp(bound)}
@@ -245,15 +253,16 @@ class DualRateMixin:
 
     @torch.no_grad()
     def _gain(self) -> float:
-        """Nats a token that the last batch's latents save, under the weights as they are now."""
+        """Nats a token that the last batch's latents save, on all processes, under the weights as they are now."""
         decoder = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=True)
         sequences = self._sequences(self._last_batch)
-        with self.compute_loss_context_manager(), frozen(decoder):  # no dropout
-            plain, thinking = (
+        with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager(), frozen(decoder):
+            plain, thinking = (  # no dropout
                 negative_log_likelihood(decoder, **sequences, latents=latents).sum().item()
                 for latents in (None, self._last_batch["latents"])
             )
-        return (plain - thinking) / max(1, self._num_scored(self._last_batch))
+        sums = self._reduced({"saved": plain - thinking, "tokens": self._num_scored(self._last_batch).sum().item()})
+        return sums["saved"] / max(1, sums["tokens"])
 
     def _reduced(self, sums) -> dict[str, float]:
         """The sums over all processes."""
