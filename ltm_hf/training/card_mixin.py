@@ -65,7 +65,7 @@ class ModelCardMixin:
     def _write_card(self, folder, facts: dict) -> None:
         try:
             root, path = Path(self.args.output_dir).resolve(), Path(folder).resolve()
-            name = self.hub_model_id or (f"{root.name}/{path.name}" if path.parent == root else path.name)
+            name = self.hub_model_id or (f"{root.name}/{path.name}" if root in path.parents else path.name)
             write_model_card(folder, self.model, **{"name": name, **self._known_facts(), **self._card_facts, **facts})
         except Exception:  # whatever it is, the run is worth more
             logger.warning("The model card in %s could not be written.", folder, exc_info=True)

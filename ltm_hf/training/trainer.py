@@ -6,12 +6,13 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from ..data import collate_blocks
 from ..posterior_ltm import IGNORED, elbo, frozen, infer_posterior, negative_log_likelihood, scored_tokens
 from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
+from .checkpoints import CheckpointMixin
 from .sharding import accumulating, float32_reductions, gathered
 
 
@@ -28,17 +29,7 @@ def prompts(input_ids, attention_mask=None, labels=None) -> dict[str, torch.Tens
     return {"input_ids": input_ids[:, :width], "attention_mask": mask[:, :width].long()}
 
 
-class _ClearSums(TrainerCallback):
-    """A training that starts over, as `auto_find_batch_size` does after running out of memory, counts from nothing."""
-
-    def __init__(self, sums: dict):
-        self.sums = sums
-
-    def on_train_begin(self, *args, **kwargs):
-        self.sums.clear()
-
-
-class DualRateMixin:
+class DualRateMixin(CheckpointMixin):
     """A `Trainer` step that infers the latents with the decoder frozen (fast), then trains the decoder (slow).
 
     Placed before any `Trainer`: `class MyTrainer(DualRateMixin, SomeTrainer)`, whose arguments are likewise
@@ -83,7 +74,19 @@ class DualRateMixin:
         self._eval_sums = defaultdict(float)
         self._since = (0, 0.0)  # the step and the time at which `_sums` began
         self._last_batch = None
-        self.add_callback(_ClearSums(self._sums))
+
+    def _run_state(self):
+        step, start = self._since
+        return super()._run_state() | {"sums": dict(self._sums), "since": (step, time.perf_counter() - start)}
+
+    def _begin_run(self, states):
+        super()._begin_run(states)
+        self._sums.clear()  # `auto_find_batch_size` starts over after running out of memory
+        for state in states[self.args.process_index :: self.args.world_size]:
+            for name, value in state["sums"].items():
+                self._sums[name] += value
+        for step, seconds in (state["since"] for state in states[:1]):
+            self._since = (step, time.perf_counter() - seconds)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
