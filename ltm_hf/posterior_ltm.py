@@ -426,7 +426,7 @@ class _EarlyStop:
 
 
 def _on_all_processes(model, done: torch.Tensor) -> bool:
-    """Whether no process needs another step, where they take steps together: in training, and where weights are sharded.
+    """Whether no process needs another step, where they go together: in training, and where weights are sharded.
 
     Elsewhere each process goes its own way, and one alone may infer.
     """

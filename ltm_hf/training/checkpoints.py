@@ -1,4 +1,4 @@
-"""A run that can be killed at any moment: whole checkpoints only, and what Trainer's lack to go on exactly as before."""
+"""A run that can be killed at any moment: whole checkpoints, with what Trainer's lack to go on exactly as before."""
 
 import json
 import os

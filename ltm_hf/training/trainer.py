@@ -9,10 +9,12 @@ import torch
 from transformers import Trainer
 
 from ..data import collate_blocks
+from ..flops import training_flops
 from ..posterior_ltm import IGNORED, elbo, frozen, infer_posterior, negative_log_likelihood, scored_tokens
 from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
 from .checkpoints import CheckpointMixin
+from .monitor import fit_figures, peak_flops, trace_sums, variance_sums, watch
 from .sharding import accumulating, float32_reductions, gathered
 
 
@@ -43,10 +45,15 @@ class DualRateMixin(CheckpointMixin):
         bound: loss + kl, which bounds the model's loss on the batches from above, before each was learned from; with
             infer_from="prompt" the loss alone, since z then follows from the prompt and is not paid for;
         perplexity_bound: exp(bound); gain: what the last batch's latents save, loss at no latents - loss;
-    and inference_seconds (in the fast loop, a step) and tokens_per_second (scored, all processes).
+    and inference_seconds (in the fast loop, a step), tokens_per_second (scored, all processes) and, on a GPU that
+    `monitor.PEAK_TFLOPS` knows, mfu: the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
     Evaluation gives the same names on the whole set, and `eval_loss` is the bound. `eval_no_latents` is the exact loss
     of the plain decoder and, for rows that have a prompt, `eval_from_prompt` that of a predictor which reads the mean
-    of q(z | prompt), as greedy generation does.
+    of q(z | prompt), as greedy generation does. Of the fast loop it gives `eval_elbo_trace`, the ELBO a token at each
+    step, each with its own noise, and after the last one where infer_from="labels" (only in `log_history`: trackers
+    take numbers); `eval_elbo_last_gain`, the last rise; `eval_gain_if_wider` and `eval_gain_if_narrower`, what the ELBO
+    would gain on the first batch if all variances were e times as large or as small.
+    What goes wrong by these figures is a warning, once for each cause (`monitor.diagnose`).
 
     Raises TypeError for arguments without the fields of `DualRateArguments`, ValueError for a model that is no LTM, for
     prompt learning of PEFT, and for rows that hold several texts (`position_ids`).
@@ -71,9 +78,12 @@ class DualRateMixin(CheckpointMixin):
                 "PEFT method that changes weights."
             )
         self._sums = defaultdict(float)  # since the last log, on this process
-        self._eval_sums = defaultdict(float)
+        self._eval_sums = defaultdict(float)  # of all processes
+        self._fit_sums = defaultdict(float)  # of the fast loop in evaluation, on this process
         self._since = (0, 0.0)  # the step and the time at which `_sums` began
         self._last_batch = None
+        self._peak_flops = peak_flops(self.args.device)
+        watch(self)
 
     def _run_state(self):
         step, start = self._since
@@ -97,6 +107,7 @@ class DualRateMixin(CheckpointMixin):
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = self._prepare_inputs(inputs)
         thoughts = self._think(self.accelerator.unwrap_model(model, keep_torch_compile=True).train(), inputs)
+        self._count_flops(inputs["input_ids"], slow_steps=len(thoughts))
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch * len(thoughts)  # the losses below then add up to their mean
         loss = 0
@@ -133,8 +144,15 @@ class DualRateMixin(CheckpointMixin):
         self._sums["inference_seconds"] += time.perf_counter() - start
         self._sums["kl"] += posterior.kl_divergence().sum().item()
         self._sums["non_finite_rows"] += posterior.num_non_finite
+        self._count_flops(self._evidence(inputs)["input_ids"], fast_steps=len(trajectory))
         final = posterior.sample(seed)
         return [*trajectory, final] if self.args.slow_gradient == "trajectory" else [final]
+
+    def _count_flops(self, input_ids, fast_steps=0, slow_steps=0) -> None:
+        if self._peak_flops:
+            cost = training_flops(self.model.config, input_ids.shape[1])
+            steps = fast_steps * cost.fast_step + slow_steps * cost.slow_step
+            self._sums["flops"] += input_ids.numel() * steps
 
     def _inference_learning_rate(self, config) -> float:
         """The step size of inference now, linear over training."""
@@ -176,6 +194,11 @@ class DualRateMixin(CheckpointMixin):
         return bool(self.accelerator.reduce(self._have_prompts(inputs).sum(), "sum"))
 
     @property
+    def _num_inference_steps(self) -> int:
+        steps = self.args.num_inference_steps
+        return self.model.config.num_inference_steps if steps is None else steps
+
+    @property
     def _pays_kl(self) -> bool:
         return self.args.infer_from != "prompt"
 
@@ -202,9 +225,17 @@ class DualRateMixin(CheckpointMixin):
             plain = negative_log_likelihood(decoder, **sequences)
             rows = {"tokens": num_tokens, "plain": plain, "nll": plain, "kl": torch.zeros_like(plain)}
             if decoder.config.num_latents:
-                posterior = infer_posterior(decoder, **self._evidence(inputs), **fit)
+                evidence = self._evidence(inputs)
+                posterior = infer_posterior(decoder, **evidence, **fit)
                 estimate = elbo(decoder, posterior=posterior, **sequences, seed=self._seed(0))
                 rows |= {"nll": estimate.nll, "kl": estimate.kl}
+                final = estimate.elbo if self.args.infer_from == "labels" else None  # of what the steps saw
+                fit_sums = trace_sums(posterior, evidence, self._num_inference_steps, final)
+                fit_sums["non_finite_rows"] = posterior.num_non_finite
+                if not self._eval_sums:  # the first batch will do
+                    fit_sums |= variance_sums(decoder, posterior, evidence, self._seed(0))
+                for name, total in fit_sums.items():
+                    self._fit_sums[name] += total
                 if self._any_prompt(inputs):
                     if self._pays_kl:
                         posterior = infer_posterior(decoder, **prompts(**sequences), **fit)
@@ -220,13 +251,16 @@ class DualRateMixin(CheckpointMixin):
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._eval_sums.clear()
+        self._fit_sums.clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = self._eval_sums
+        sums, fit_sums = self._eval_sums, self._reduced(self._fit_sums)
         nll, kl, plain = (sums[name] / max(1, sums["tokens"]) for name in ("nll", "kl", "plain"))
         bound = nll + kl * self._pays_kl
         figures = {"loss": bound, "perplexity_bound": _exp(bound)}
         if self.model.config.num_latents:
-            figures |= {"nll": nll, "kl": kl, "no_latents": plain, "gain": plain - nll}
+            figures |= {"nll": nll, "kl": kl, "no_latents": plain, "gain": plain - nll, **fit_figures(fit_sums)}
+            if fit_sums["non_finite_rows"]:
+                figures["non_finite_rows"] = fit_sums["non_finite_rows"]
             if sums["prompt_tokens"]:
                 figures["from_prompt"] = sums["from_prompt"] / sums["prompt_tokens"]
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
@@ -237,7 +271,11 @@ class DualRateMixin(CheckpointMixin):
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
             logs.update(self._figures(logs["loss"]))
+        traces = {name: logs.pop(name) for name in list(logs) if name.endswith("elbo_trace")}  # trackers take numbers
         super().log(logs, start_time)
+        logs.update(traces)
+        if traces:
+            self.state.log_history[-1].update(traces)
 
     def _figures(self, loss: float) -> dict[str, float]:
         seconds = time.perf_counter() - self._since[1]
@@ -250,6 +288,8 @@ class DualRateMixin(CheckpointMixin):
             figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
             if sums["non_finite_rows"]:
                 figures["non_finite_rows"] = sums["non_finite_rows"]
+        if self._peak_flops:
+            figures["mfu"] = sums["flops"] / seconds / (self._peak_flops * self.args.world_size)
         figures["perplexity_bound"] = _exp(bound)
         self._sums.clear()
         return figures

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ltm_hf.evaluation import block_losses
-from ltm_hf.training import plot_thinking
+from ltm_hf.training import plot_curves, plot_thinking
 
 axes = pytest.importorskip("matplotlib.axes")
 
@@ -39,3 +39,17 @@ def test_without_a_step_the_prefix_says_nothing(make_model, make_ids):
     losses = block_losses(make_model(), blocks, num_inference_steps=0, progress=False)
     torch.testing.assert_close(losses["prefix"], losses["prefix_no_latents"])
     assert losses["bound"].shape == (3,)
+
+
+def test_each_evaluation_is_a_line_of_the_fast_loop(tmp_path, monkeypatch):
+    traces = [[-4.0, -3.5, -3.4], [-3.0, -2.8, -2.7], [-2.5, -2.4, -2.4]]
+    history = [{"step": step, "loss": 3.0} for step in (1, 2)]
+    history += [{"step": 10 * n, "eval_loss": 3.0, "eval_elbo_trace": trace} for n, trace in enumerate(traces, start=1)]
+    drawn = []
+    original = axes.Axes.plot
+    monkeypatch.setattr(axes.Axes, "plot", lambda self, *a, **k: (drawn.append((a, k)), original(self, *a, **k))[1])
+    plot_curves({"ltm": history, "twin": history[:2]}, tmp_path / "curves.png")
+    lines = [(list(x), y, k["label"], k["alpha"]) for (x, y, *_), k in drawn if y in traces]
+    assert [line[:2] for line in lines] == [([0, 1, 2], trace) for trace in traces]
+    assert [line[2] for line in lines] == ["ltm: step 10", None, "ltm: step 30"]  # first and last
+    assert lines[0][3] < lines[1][3] < lines[2][3] == 1.0
