@@ -186,6 +186,15 @@ class LTMPreTrainedModel(PreTrainedModel):
         "cross_attentions": LTMCrossAttention,
     }
 
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers'. Under FSDP2 too, which puts the model into a class of its own, whose code it would save."""
+        cls = type(self)
+        self.__class__ = next(base for base in cls.__mro__ if not hasattr(base, "unshard"))
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = cls
+
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, LTMGate):

@@ -428,7 +428,7 @@ class _EarlyStop:
 def _on_all_processes(model, done: torch.Tensor) -> bool:
     """Whether no process needs another step, where they go together: in training, and where weights are sharded.
 
-    Elsewhere each process goes its own way, and one alone may infer.
+    Elsewhere each goes its own way, and one alone may infer.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         fsdp2 = any(hasattr(module, "unshard") for module in model.modules())

@@ -126,15 +126,15 @@ _HELD = -1  # stands among the modules that use a parameter, which its hooks the
 @contextmanager
 def _zero3_held(parameters: list[nn.Parameter]):
     # Not deepspeed.zero.GatheredParameters: the hooks of the first forward would let the parameters go.
-    away = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]
-    for parameter in away:
+    for parameter in parameters:
         parameter.ds_active_sub_modules.add(_HELD)
+    away = [p for p in parameters if p.ds_status.name == "NOT_AVAILABLE"]  # others are here still, or on their way
     try:
         if away:
             away[0].all_gather(param_list=away)
         yield
     finally:
-        for parameter in away:
+        for parameter in parameters:
             parameter.ds_active_sub_modules.discard(_HELD)
         here = [p for p in away if p.ds_status.name == "AVAILABLE"]
         if here:

@@ -157,6 +157,14 @@ def test_weight_decay_on_matrices_only(tmp_path):
     assert "model.layers.0.cross_attention_gate.weight" not in decayed
 
 
+def test_weight_decay_on_matrices_that_zero3_keeps_elsewhere(tmp_path):
+    model = make_model()
+    decayed = make_trainer(tmp_path, model, make_blocks(4)).get_decay_parameter_names(model)
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert decayed and make_trainer(tmp_path, model, make_blocks(4)).get_decay_parameter_names(model) == decayed
+
+
 def test_runs_of_one_seed_are_equal_and_of_another_are_not(tmp_path):
     def losses(seed):
         trainer = make_trainer(tmp_path, make_model(), make_blocks(16), seed=seed, data_seed=0)
