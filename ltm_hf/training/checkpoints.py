@@ -1,4 +1,4 @@
-"""A run that can be killed at any moment: whole checkpoints, with what Trainer's lack to go on exactly as before."""
+"""A run that can be killed at any moment: whole checkpoints only, with what Trainer's lack to go on as before."""
 
 import json
 import os

@@ -13,8 +13,9 @@ from ..flops import training_flops
 from ..posterior_ltm import IGNORED, elbo, frozen, infer_posterior, negative_log_likelihood, scored_tokens
 from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
-from .checkpoints import CheckpointMixin
+from .divergence import DivergenceMixin
 from .monitor import fit_figures, peak_flops, trace_sums, variance_sums, watch
+from .order import DataOrderMixin
 from .sharding import accumulating, float32_reductions, gathered
 
 
@@ -31,7 +32,7 @@ def prompts(input_ids, attention_mask=None, labels=None) -> dict[str, torch.Tens
     return {"input_ids": input_ids[:, :width], "attention_mask": mask[:, :width].long()}
 
 
-class DualRateMixin(CheckpointMixin):
+class DualRateMixin(DivergenceMixin, DataOrderMixin):
     """A `Trainer` step that infers the latents with the decoder frozen (fast), then trains the decoder (slow).
 
     Placed before any `Trainer`: `class MyTrainer(DualRateMixin, SomeTrainer)`, whose arguments are likewise
