@@ -151,7 +151,9 @@ def main():
     if model_args.baseline:
         twin_config = preset_config(preset, **overrides | {"num_latents": 0})
         twin_args = copy.copy(args)  # with checkpoints of its own
-        twin_args.output_dir, twin_args.resume_from_checkpoint = os.path.join(args.output_dir, "twin"), None
+        twin_args.output_dir = os.path.join(args.output_dir, "twin")
+        if os.path.isdir(args.resume_from_checkpoint or ""):  # the model's: the twin starts from its own
+            twin_args.resume_from_checkpoint = "last"
         twin_args.push_to_hub = False
         twin, _, columns["autoregressive twin"] = train(twin_config, twin_args, *data)
         histories["autoregressive twin"] = twin.state.log_history

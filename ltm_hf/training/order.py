@@ -1,4 +1,4 @@
-"""Which rows come next: an order that the number of processes does not change, and streams that go on where they were."""
+"""Which rows come next: an order that the number of processes does not change, and streams that go on."""
 
 from collections.abc import Callable, Iterator
 
@@ -163,9 +163,7 @@ class DataOrderMixin(CheckpointMixin):
                 f"place of {len(self._restored)}: in this pass, some rows come twice and some not at all."
             )
         elif rest:
-            logger.warning(
-                f"{stream['rows']} rows of the stream were read, no whole batches of now: {rest} come twice."
-            )
+            logger.warning(f"{stream['rows']} rows of the stream are no whole batches of now: {rest} come twice.")
         logger.warning(f"Reading {batches * rows_a_batch} rows of the stream again, to skip them.")
         skipping = skip_first_batches(loader, batches)
         skipping.set_epoch(stream["pass"])

@@ -16,7 +16,7 @@ BLOCK = 16
 
 
 class Recording(LTMTrainer):
-    """Notes the rows of each step. With `poison`, the last process's loss at that step is infinite, its gradient not."""
+    """Notes the rows of each step. At step `poison`, the last process's loss is infinite, its gradient not."""
 
     poison = None
 

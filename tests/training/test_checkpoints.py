@@ -1,9 +1,7 @@
 """Runs that are killed, told to end, or find their last checkpoint torn, and go on as if nothing had happened."""
 
 import json
-import multiprocessing
 import random
-import runpy
 import signal
 import time
 from pathlib import Path
@@ -15,23 +13,11 @@ from datasets import Dataset
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments
 from ltm_hf.training.checkpoints import TERMINATED, flaw, latest_whole_checkpoint
 
-SCRIPT = Path(__file__).with_name("run_to_kill.py")
 TIMES = {"tokens_per_second", "inference_seconds", "train_runtime", "train_tokens_per_second"}
 STEPS = 32
 
 
-def start(folder, **arguments):
-    """A run in a process of its own, forked from one that has imported what it needs."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ltm_hf.training", "ltm_hf.data"])
-    code = {"argv": [str(SCRIPT), str(folder), json.dumps({"max_steps": STEPS} | arguments)]}
-    process = context.Process(target=runpy.run_path, args=(str(SCRIPT), code, "__main__"))
-    process.start()
-    return process
-
-
-def finish(folder, **arguments):
-    process = start(folder, **arguments)
+def finish(process):
     process.join(120)
     assert process.exitcode == 0
 
@@ -48,7 +34,7 @@ def history(folder, step=STEPS):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, start_run):
     """Of runs that were left alone, by their arguments: the history, and the seconds of a step."""
     runs = {}
 
@@ -56,7 +42,7 @@ def whole(tmp_path_factory):
         key = json.dumps(arguments)
         if key not in runs:
             folder = tmp_path_factory.mktemp("whole")
-            finish(folder, **arguments)
+            finish(start_run(folder, max_steps=STEPS, **arguments))
             last, before = (folder / f"checkpoint-{step}" / "trainer_state.json" for step in (STEPS, STEPS - 1))
             runs[key] = history(folder), last.stat().st_mtime - before.stat().st_mtime
         return runs[key]
@@ -66,12 +52,12 @@ def whole(tmp_path_factory):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
-def test_killed_ten_times_and_the_same(whole, tmp_path, streaming):
+def test_killed_ten_times_and_the_same(whole, start_run, tmp_path, streaming):
     """SIGKILL at ten moments: wherever the run is by then, in a step, a save or the deletion of an old checkpoint."""
     expected, a_step = whole(streaming=streaming)
     chance = random.Random(0)
     for after in [0, *sorted(chance.sample(range(STEPS - 4), 9))]:  # once before the first step is saved
-        process = start(tmp_path, streaming=streaming)
+        process = start_run(tmp_path, max_steps=STEPS, streaming=streaming)
         while steps_saved(tmp_path) < after:
             assert process.is_alive()
             time.sleep(0.001)
@@ -79,17 +65,17 @@ def test_killed_ten_times_and_the_same(whole, tmp_path, streaming):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    finish(tmp_path, streaming=streaming)
+    finish(start_run(tmp_path, max_steps=STEPS, streaming=streaming))
     assert history(tmp_path) == expected
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 
 
 @pytest.mark.distributed
-def test_sigterm_saves_and_leaves(whole, tmp_path):
+def test_sigterm_saves_and_leaves(whole, start_run, tmp_path):
     """It goes on to the end of the step, saves although no checkpoint was due, and takes itself for no finished run."""
     expected, _ = whole(streaming=False)
-    arguments = {"save_steps": 20, "save_total_limit": 1}
-    process = start(tmp_path, **arguments)
+    arguments = {"max_steps": STEPS, "save_steps": 20, "save_total_limit": 1}
+    process = start_run(tmp_path, **arguments)
     while steps_saved(tmp_path) < 20:
         assert process.is_alive()
         time.sleep(0.001)
@@ -98,7 +84,7 @@ def test_sigterm_saves_and_leaves(whole, tmp_path):
     assert process.exitcode == TERMINATED
     assert 20 < steps_saved(tmp_path) < STEPS
     assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{steps_saved(tmp_path)}"]
-    finish(tmp_path, **arguments)
+    finish(start_run(tmp_path, **arguments))
     assert history(tmp_path) == expected
 
 
@@ -203,7 +189,7 @@ def test_an_edited_card_tears_nothing(tmp_path, make_model):
 
 
 def test_the_only_good_checkpoint_stays(tmp_path, make_model):
-    """With a limit of one, a new checkpoint that cannot be finished leaves the one before; a torn one counts for none."""
+    """Limited to one: a new checkpoint that cannot be finished leaves the one before; torn ones count for none."""
     make_trainer(tmp_path, make_model, max_steps=3, save_total_limit=1).train()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
     trainer = make_trainer(tmp_path, make_model, max_steps=5, save_total_limit=1)

@@ -86,21 +86,24 @@ def test_sequential_rows_and_another_seed(tmp_path, make_model):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("streaming", [False, True], ids=["rows", "stream"])
-def test_one_process_then_two_then_one(tmp_path, streaming):
+def test_one_process_then_two_then_one(tmp_path, start_run, streaming):
     """Also: a loss that is infinite on one process alone is skipped on both, which stay the same."""
     found, num_rows = [], 200 if streaming else 52
     for stop_at, world in ((5, 1), (10, 2), (15, 1)):
-        arguments = dict(rows=num_rows, streaming=streaming, stop_at=stop_at, record=str(tmp_path / str(stop_at)))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if world == 2 else []
-        subprocess.run(
-            [sys.executable, *launcher, SCRIPT, tmp_path / "run", json.dumps(arguments | {"poison": 7})],
-            check=True, timeout=300,
-        )  # fmt: skip
-        records = [json.loads(path.read_text()) for path in sorted((tmp_path / str(stop_at)).iterdir())]
-        assert len(records) == world and all(record["world"] == world for record in records)
-        assert len({record["weights"] for record in records}) == 1
+        record = tmp_path / str(stop_at)
+        arguments = dict(rows=num_rows, streaming=streaming, stop_at=stop_at, record=str(record), poison=7)
+        if world == 1:
+            process = start_run(tmp_path / "run", **arguments)
+            process.join(120)
+            assert process.exitcode == 0
+        else:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+            subprocess.run([*torchrun, SCRIPT, tmp_path / "run", json.dumps(arguments)], check=True, timeout=300)
+        records = [json.loads(path.read_text()) for path in sorted(record.iterdir())]
+        assert len(records) == world and all(process["world"] == world for process in records)
+        assert len({process["weights"] for process in records}) == 1
         for step in range(stop_at - 4, stop_at + 1):
-            found += [row for record in records for row in record["rows"][str(step)]]
+            found += [row for process in records for row in process["rows"][str(step)]]
     assert len(found) == 5 * 6 + 5 * 12 + 5 * 6
     if streaming:
         assert sorted(found) == list(range(120))  # one pass, not at its end
