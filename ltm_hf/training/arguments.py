@@ -3,12 +3,14 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from .sharding import GATHER_DURING_INFERENCE
 
 SLOW_GRADIENTS = ("final", "trajectory")
 INFER_FROM = ("labels", "text", "prompt")
+SLOW_OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -63,23 +65,47 @@ class DualRateArguments:
         },
     )
 
+    slow_optimizer: str = field(
+        default="adamw",
+        metadata={
+            "help": "Optimiser of the decoder. 'adamw': what `optim` names; 'muon': torch.optim.Muon (torch 2.9) "
+            "for the layers' matrices, AdamW for embeddings, head, norms and gates.",
+            "choices": SLOW_OPTIMIZERS,
+        },
+    )
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of Muon's matrices; default: learning_rate."}
+    )
+
     def __post_init__(self):
-        for name, choices in (
-            ("slow_gradient", SLOW_GRADIENTS),
-            ("infer_from", INFER_FROM),
-            ("gather_during_inference", GATHER_DURING_INFERENCE),
-        ):
+        named = {
+            "slow_gradient": SLOW_GRADIENTS,
+            "infer_from": INFER_FROM,
+            "gather_during_inference": GATHER_DURING_INFERENCE,
+            "slow_optimizer": SLOW_OPTIMIZERS,
+        }
+        for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         if self.num_inference_steps is not None and self.num_inference_steps < 0:
             raise ValueError(f"num_inference_steps must be 0 or more, got {self.num_inference_steps}.")
-        for name in ("inference_learning_rate", "inference_learning_rate_end"):
+        for name in ("inference_learning_rate", "inference_learning_rate_end", "muon_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {rate}.")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must be 0: a smoothed loss is no likelihood, and bounds nothing.")
         super().__post_init__()
+        if self.slow_optimizer == "muon":
+            if not hasattr(torch.optim, "Muon"):
+                raise ValueError(f"slow_optimizer='muon' needs torch 2.9 or later; this is torch {torch.__version__}.")
+            if self.optim not in ("adamw_torch", "adamw_torch_fused"):
+                optim = getattr(self.optim, "value", self.optim)
+                raise ValueError(
+                    f"Beside slow_optimizer='muon', optim must be adamw_torch or adamw_torch_fused, got {optim!r}."
+                )
+        elif self.muon_learning_rate is not None:
+            raise ValueError("muon_learning_rate is for slow_optimizer='muon'.")
 
 
 @dataclass

@@ -172,13 +172,16 @@ def _recipe(config, arguments) -> dict[str, str]:
     if arguments is None:
         return {"recipe": None}
     schedule, optimizer = (getattr(value, "value", value) for value in (arguments.lr_scheduler_type, arguments.optim))
-    warmup = arguments.warmup_steps
+    warmup, rate = arguments.warmup_steps, f"{arguments.learning_rate:g}"
+    if arguments.slow_optimizer == "muon":
+        optimizer = f"Muon for the layers' matrices, {optimizer} for the rest"
+        rate += "" if arguments.muon_learning_rate is None else f" (Muon {arguments.muon_learning_rate:g})"
     facts = {
         "batch": f"{arguments.per_device_train_batch_size} sequences a device, "
         f"gradients accumulated over {arguments.gradient_accumulation_steps}",
         "optimiser": f"{optimizer}, betas ({arguments.adam_beta1:g}, {arguments.adam_beta2:g}), weight decay "
         f"{arguments.weight_decay:g} on matrices, gradients clipped to norm {arguments.max_grad_norm:g}",
-        "learning rate": f"{arguments.learning_rate:g}, {schedule}, warm-up over "
+        "learning rate": f"{rate}, {schedule}, warm-up over "
         + (f"{warmup:g} steps" if warmup >= 1 else f"{warmup:.0%} of the steps"),
         "mixed precision": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "no",
         "seed": str(arguments.seed),

@@ -15,6 +15,7 @@ from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
 from .divergence import DivergenceMixin
 from .monitor import fit_figures, peak_flops, trace_sums, variance_sums, watch
+from .muon import MuonWithAdamW
 from .order import DataOrderMixin
 from .sharding import accumulating, float32_reductions, gathered
 
@@ -211,6 +212,11 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         """Weight decay on matrices only: neither on norms nor on gates."""
         shapes = ((name, getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters())  # ZeRO-3 flattens
         return [name for name, shape in shapes if len(shape) >= 2]
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None and self.args.slow_optimizer == "muon":
+            self.optimizer = MuonWithAdamW.of_trainer(self, self.model if model is None else model)
+        return super().create_optimizer(model)
 
     # ---------------------------------------------------------------- evaluation
 
