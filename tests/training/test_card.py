@@ -365,7 +365,7 @@ def test_tokens_and_steps_go_on_after_a_resume(make_trainer, tmp_path):
 
 def test_last_batch_of_an_epoch_is_counted_as_it_is(make_trainer, tmp_path):
     """18 blocks: the fifth step of an epoch reads 2 of them."""
-    trainer = make_trainer(max_steps=6, save_steps=6)
+    trainer = make_trainer(max_steps=-1, num_train_epochs=2, save_steps=6)
     trainer.train()
     check_card(tmp_path / "run" / "checkpoint-6", trainer, 6, (18 + 4) * 16)
 
