@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def on_cpu():
-    """accelerate chooses FSDP and DeepSpeed on accelerators only: let it take the CPU, with gloo, for one."""
+    """accelerate chooses FSDP and DeepSpeed on accelerators only: let it take the CPU for one, with gloo."""
     import accelerate.state
     import transformers.training_args
 
@@ -23,14 +23,15 @@ def on_cpu():
     def device(self):
         self.device = torch.device("cpu")
 
-    accelerate.state.PartialState._prepare_backend = backend
-    accelerate.state.PartialState.set_device = device
-    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    accelerate.state.PartialState.set_device = device  # not cpu:0, where torch.load finds nothing
+    if MODE != "ddp":
+        accelerate.state.PartialState._prepare_backend = backend
+        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 MODE, FOLDER = sys.argv[1], Path(sys.argv[2])
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-if MODE not in ("single", "ddp"):
+if MODE != "single":
     on_cpu()
 
 from datasets import Dataset  # noqa: E402
