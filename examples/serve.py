@@ -1,9 +1,9 @@
-"""Serve a Latent Thought Model to OpenAI clients by `transformers serve` (pip install "transformers[serving]").
+"""Serve a Latent Thought Model to OpenAI clients by `transformers serve`.
 
 python examples/serve.py outputs/ltm-tiny --message "Hello" --num_inference_steps 16    # serve, ask, print, stop
 python examples/serve.py outputs/ltm-tiny --port 8000 --device cuda                     # serve until interrupted
 
-Options that are not named here go on to `transformers serve`.
+Needs `pip install "transformers[serving]" requests`. Options that are not named here go on to `transformers serve`.
 """
 
 import argparse
