@@ -6,7 +6,8 @@ A multiply-add is 2 FLOPs. Symbols: S tokens of a sequence, L layers, n latents 
 gradients, attention counts half the S x S scores, cross-attention's scores and the latents' keys and values are free.
 `training_flops` is what this library multiplies, with the decoder frozen in the fast loop.
 
-    python -m ltm_hf.flops        # a table of all presets
+    python -m ltm_hf.flops                                                     # a table of all presets
+    python -m ltm_hf.flops --plan ltm-large --gpus 8 --tokens 3e9              # a run (planner.py)
 """
 
 import argparse
@@ -23,7 +24,7 @@ ATTENTIONS = ("dense", "window")
 
 def count_parameters(config: LTMConfig) -> int:
     """Parameters of `LTMForCausalLM(config)`, tied embeddings counted once. No model is built."""
-    hidden, queries, keys = _widths(config)
+    hidden, queries, keys = widths(config)
     attention = 2 * hidden * queries + 2 * hidden * keys
     extra = {"mistral": 0, "qwen2": queries + 2 * keys, "qwen3": 2 * config.head_dim}[config.self_attention]
     layer = attention + extra + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
@@ -40,7 +41,7 @@ def paper_training_flops(config: LTMConfig, sequence_length: int | None = None) 
     T = config.num_inference_steps. Without latents there is no fast loop, and the paper counts 6·P alone.
     sequence_length: S, default `max_position_embeddings`. Raises ValueError if it is not an integer of 1 or more.
     """
-    parameters, tokens = count_parameters(config), _checked_length(config, sequence_length)
+    parameters, tokens = count_parameters(config), checked_length(config, sequence_length)
     if not config.num_latents:
         return 6 * parameters
     attention = 6 * config.num_hidden_layers * config.hidden_size * tokens
@@ -76,10 +77,10 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
         those that the causal window lets through, the least that a sparse kernel can compute.
     Raises ValueError for a sequence length that is not an integer of 1 or more, or another attention.
     """
-    tokens = _checked_length(config, sequence_length)
+    tokens = checked_length(config, sequence_length)
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; got {attention!r}.")
-    hidden, queries, keys = _widths(config)
+    hidden, queries, keys = widths(config)
     window = min(config.sliding_window or tokens, tokens)
     pairs = tokens**2 if attention == "dense" else tokens * window - window * (window - 1) // 2
 
@@ -120,7 +121,7 @@ def count_flops(function: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def _widths(config: LTMConfig) -> tuple[int, int, int]:
+def widths(config: LTMConfig) -> tuple[int, int, int]:
     """Channels of the hidden state, of all queries, of all keys."""
     return (
         config.hidden_size,
@@ -129,7 +130,7 @@ def _widths(config: LTMConfig) -> tuple[int, int, int]:
     )
 
 
-def _checked_length(config: LTMConfig, sequence_length: int | None) -> int:
+def checked_length(config: LTMConfig, sequence_length: int | None) -> int:
     tokens = config.max_position_embeddings if sequence_length is None else sequence_length
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"sequence_length must be an integer of 1 or more, got {tokens!r}.")
@@ -160,14 +161,19 @@ def table(sequence_length: int | None = None, attention: str = "dense") -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Training cost of the presets, in MFLOPs per token.")
+    from . import planner  # which imports this file
+
+    parser = argparse.ArgumentParser(description="Training cost of the presets, in MFLOPs per token; or a run's plan.")
     parser.add_argument("--sequence-length", type=int, help="tokens; default: each preset's max_position_embeddings")
     parser.add_argument("--attention", choices=ATTENTIONS, default="dense", help="which self-attention scores count")
+    planner.add_arguments(parser)
     args = parser.parse_args()
     try:
-        print(table(args.sequence_length, args.attention))
+        print(planner.report(planner.plan_from(args)) if args.plan else table(args.sequence_length, args.attention))
     except ValueError as error:
         parser.error(str(error))
+    if args.plan:
+        return
     print(
         "\nMFLOPs per token. paper: (T + 1)(6 P + 12 L D S / 2), the published account. The rest is this "
         f"implementation,\ndecoder frozen in the fast loop, {args.attention} attention. training: T fast steps and "

@@ -1,0 +1,337 @@
+"""What a training run needs: batch per GPU, memory, days and FLOPs, in closed form from the configuration.
+
+    python -m ltm_hf.flops --plan ltm-large --gpus 8 --tokens 3e9
+
+Symbols: B sequences on a GPU at a time, S tokens of a sequence, L layers, n latents a layer, D hidden, V vocabulary,
+T inference steps, P parameters.
+
+Memory is what autograd saves under SDPA attention, with no dropout and no kernel fused. The logits weigh most: at the
+start of the backward pass three float32 arrays of B·S·V live at once (log-softmax, its gradient and the loss's).
+
+MFU is defined by the paper's own account: `paper_training_flops` x tokens a second / (GPUs x the peak of dense
+bfloat16), whatever the precision. The two published step times imply 0.166 (LTM-Medium) and 0.162 (LTM-Large).
+"""
+
+import math
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+
+from .configuration_ltm import LTMConfig
+from .flops import checked_length, count_parameters, paper_training_flops, training_flops, widths
+from .presets import PRESETS, preset_config
+
+PAPER_MFU = 0.164
+PAPER_BATCH = 512  # sequences of one optimiser step
+USABLE_MEMORY = 0.9  # the rest is for the CUDA context, NCCL and fragments
+
+PRECISIONS = ("bf16", "fp32")
+SHARDINGS = ("ddp", "zero2", "zero3", "fsdp2")
+
+
+@dataclass(frozen=True)
+class GPU:
+    """memory: bytes, as the driver reports them. peak: dense bfloat16 FLOPs a second."""
+
+    memory: int
+    peak: float
+
+
+GPUS = {
+    "h100": GPU(81_559 * 2**20, 989e12),
+    "h200": GPU(143_771 * 2**20, 989e12),
+    "a100": GPU(81_920 * 2**20, 312e12),
+}
+
+
+# ------------------------------------------------------------------ memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU.
+
+    weights, gradients, adam: float32, this GPU's share; gathered copies and DDP's buckets are counted with them.
+    slow_activations, fast_activations: what autograd saves in the slow step and in a fast step, logits aside.
+    logits: of the loss, at the start of either backward pass.
+    latents: posteriors, their optimiser and the samples of the fast loop; not needed in the slow step.
+    """
+
+    weights: int
+    gradients: int
+    adam: int
+    slow_activations: int
+    fast_activations: int
+    logits: int
+    latents: int
+
+    @property
+    def slow_step(self) -> int:
+        return self.weights + self.gradients + self.adam + self.slow_activations + self.logits
+
+    @property
+    def fast_loop(self) -> int:
+        return self.weights + self.gradients + self.adam + self.fast_activations + self.logits + self.latents
+
+    @property
+    def peak(self) -> int:
+        return max(self.slow_step, self.fast_loop)
+
+
+def training_memory(
+    config: LTMConfig,
+    batch_size: int,
+    sequence_length: int | None = None,
+    *,
+    num_gpus: int = 1,
+    precision: str = "bf16",
+    sharding: str = "ddp",
+    gradient_checkpointing: bool = False,
+) -> Memory:
+    """Memory of a training step on one GPU, by what torch saves for the backward passes.
+
+    batch_size: B, sequences of one forward pass on one GPU.
+    sequence_length: S, default `max_position_embeddings`.
+    precision: "bf16", autocast over float32 weights, or "fp32".
+    sharding: "ddp" (also one GPU) keeps all on each GPU; "zero2" shares out gradients and Adam's moments; "zero3" and
+        "fsdp2" the weights as well, which the fast loop then gathers whole.
+    Raises ValueError for numbers that are no integers of 1 or more, or an unknown precision or sharding.
+    """
+    _check_counts(batch_size=batch_size, num_gpus=num_gpus)
+    _check_choice("precision", precision, PRECISIONS)
+    _check_choice("sharding", sharding, SHARDINGS)
+    tokens = checked_length(config, sequence_length)
+    fast, slow = (
+        _activations(config, batch_size, tokens, precision, gradient_checkpointing, frozen) for frozen in (True, False)
+    )
+    weights = gradients = 4 * count_parameters(config)
+    adam = 2 * weights
+    if sharding != "ddp":
+        gradients, adam = gradients // num_gpus, adam // num_gpus
+    elif num_gpus > 1:
+        gradients *= 2  # DDP's buckets
+    if sharding in ("zero3", "fsdp2") and num_gpus > 1:
+        weights += weights // num_gpus
+    arrays = 0
+    if config.num_latents:
+        # mean, log-variance, the best of both, noise and sample; Adam's moments and gradients; each step's sample
+        arrays = 6 + (6 if config.inference_optimizer == "adamw" else 0) + config.num_inference_steps
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        adam=adam,
+        slow_activations=slow,
+        fast_activations=fast if config.num_latents else 0,
+        logits=3 * 4 * batch_size * tokens * config.vocab_size,
+        latents=arrays * 4 * batch_size * math.prod(config.latent_shape),
+    )
+
+
+def _activations(config: LTMConfig, batch: int, length: int, precision: str, checkpointing: bool, frozen: bool) -> int:
+    """Bytes that autograd saves in one forward pass, logits aside; frozen: only the latents want a gradient."""
+    hidden, queries, keys = widths(config)
+    heads, inner, n = config.num_attention_heads, config.intermediate_size, config.latents_per_layer
+    tokens, bf16 = batch * length, precision == "bf16"
+    size = 2 if bf16 else 4  # bytes of what matrix products read and write; the residual stream is float32
+    learns = not frozen
+
+    def norm(products: int, width: int = hidden) -> int:
+        """Bytes a token of an RMSNorm and of what the `products` after it read."""
+        saved = 4 * width + 4
+        if learns:
+            saved += 4 * width  # before its weight
+            saved += 2 * width * products if bf16 else 4 * width  # autocast makes each product a copy of its own
+        return saved
+
+    # SDPA: queries, keys, values, output and log-sum-exp. A mask becomes a bias, and repeats the keys for each query.
+    masked = config.sliding_window is not None and config.sliding_window < length
+    attention = size * (2 * queries + 2 * (queries if masked else keys)) + 4 * heads
+    attention += size * length if masked else 0
+    if config.self_attention == "qwen3":  # a norm on each head, which casts to float32 and back
+        normed = queries + keys
+        attention += 4 * normed + 4 * (heads + config.num_key_value_heads) + (size * normed if learns else 0)
+    cross_attention = size * 2 * queries + 4 * heads
+    latents = size * n * (2 * keys + (2 * hidden if learns else 0))  # a sequence
+    gate = size * hidden if learns and config.cross_attention_gate_init is not None else 0
+    mlp = size * inner * (4 if learns else 3)
+
+    self_part = norm(3) + attention
+    cross_part = norm(1) + cross_attention + gate if n else 0
+    layer = tokens * (self_part + cross_part + norm(2) + mlp) + batch * latents
+    copies = 2 * (2 * hidden * queries + 2 * hidden * keys) if bf16 else 0  # of an attention's weights
+    layer += copies * (2 if n else 1) + (2 * 3 * hidden * inner if bf16 else 0)
+    head = tokens * norm(1) + (2 * hidden * config.vocab_size if bf16 else 0)
+    if checkpointing:
+        # A layer's input is kept, and the mask. One layer at a time is computed again, once the logits are gone.
+        kept = config.num_hidden_layers * tokens * 4 * hidden + (tokens * length if masked else 0) + head
+        return kept + max(0, layer - 3 * 4 * tokens * config.vocab_size)
+    saved = config.num_hidden_layers * layer + head
+    if frozen:  # before the first cross-attention nothing depends on latents
+        saved -= tokens * (self_part + norm(1)) + (copies + 2 * hidden * queries if bf16 else 0)
+    return saved
+
+
+# ------------------------------------------------------------------ the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run of `num_steps` optimiser steps; its effective batch is per_device x accumulation x num_gpus sequences.
+
+    flops: of the whole run by the paper's account; library_flops: what this library multiplies for it.
+    seconds_per_step, days: by the paper's account at the given MFU.
+    """
+
+    per_device: int
+    accumulation: int
+    num_gpus: int
+    memory: Memory
+    num_steps: int
+    seconds_per_step: float
+    flops: float
+    library_flops: float
+
+    @property
+    def days(self) -> float:
+        return self.num_steps * self.seconds_per_step / 86_400
+
+
+def plan(
+    config: LTMConfig,
+    tokens: float,
+    *,
+    num_gpus: int = 1,
+    gpu: str = "h100",
+    mfu: float = PAPER_MFU,
+    global_batch_size: int = PAPER_BATCH,
+    per_device_batch_size: int | None = None,
+    sequence_length: int | None = None,
+    precision: str = "bf16",
+    sharding: str = "ddp",
+    gradient_checkpointing: bool = False,
+) -> Plan:
+    """Plan the training of a configuration on a number of tokens; T is `config.num_inference_steps`.
+
+    num_gpus: of all nodes. gpu: h100 (80 GB), h200 (141 GB) or a100 (80 GB).
+    mfu: share of the GPUs' peak that is reached by the paper's account, above 0 and at most 1; it may exceed what the
+        hardware is busy for, since this library needs fewer FLOPs than the account charges.
+    global_batch_size: sequences of an optimiser step, a multiple of num_gpus; default the paper's 512.
+    per_device_batch_size: default the largest power of two that fits `USABLE_MEMORY` of a GPU and divides the batch.
+    The others are as in `training_memory`.
+
+    Raises ValueError for arguments out of range, a batch that cannot be shared out evenly, and a model of which not
+    even one sequence fits.
+    """
+    _check_counts(num_gpus=num_gpus, global_batch_size=global_batch_size)
+    _check_choice("gpu", gpu, GPUS)
+    length = checked_length(config, sequence_length)
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu must lie above 0 and at most at 1, got {mfu}.")
+    if not length <= tokens < math.inf:
+        raise ValueError(f"tokens must be at least one sequence ({length}) and finite, got {tokens}.")
+    if global_batch_size % num_gpus:
+        raise ValueError(f"global_batch_size ({global_batch_size}) must be a multiple of num_gpus ({num_gpus}).")
+    share = global_batch_size // num_gpus
+    setting = dict(num_gpus=num_gpus, precision=precision, sharding=sharding)
+    setting["gradient_checkpointing"] = gradient_checkpointing
+
+    def memory(batch):
+        return training_memory(config, batch, length, **setting)
+
+    if per_device_batch_size is None:
+        usable = USABLE_MEMORY * GPUS[gpu].memory
+        fitting = [2**i for i in range(share.bit_length()) if share % 2**i == 0 and memory(2**i).peak <= usable]
+        if not fitting:
+            raise ValueError(
+                f"One sequence needs {memory(1).peak / 2**30:.1f} GiB and a {gpu} has {usable / 2**30:.1f} GiB to use: "
+                "take gradient checkpointing, sharding or shorter sequences."
+            )
+        per_device_batch_size = max(fitting)
+    else:
+        _check_counts(per_device_batch_size=per_device_batch_size)
+        if share % per_device_batch_size:
+            raise ValueError(
+                f"per_device_batch_size ({per_device_batch_size}) must divide the {share} sequences of each GPU."
+            )
+    num_steps = math.ceil(tokens / (global_batch_size * length))
+    read = num_steps * global_batch_size * length
+    flops = float(read * paper_training_flops(config, length))
+    return Plan(
+        per_device=per_device_batch_size,
+        accumulation=share // per_device_batch_size,
+        num_gpus=num_gpus,
+        memory=memory(per_device_batch_size),
+        num_steps=num_steps,
+        seconds_per_step=flops / num_steps / (num_gpus * GPUS[gpu].peak * mfu),
+        flops=flops,
+        library_flops=read * training_flops(config, length).training_step,
+    )
+
+
+def _check_counts(**counts) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an integer of 1 or more, got {count!r}.")
+
+
+def _check_choice(name: str, value: str, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+# ------------------------------------------------------------------ on the command line
+
+
+def report(plan: Plan) -> str:
+    """A plan in words and units."""
+    memory, effective = plan.memory, plan.per_device * plan.accumulation * plan.num_gpus
+    lines = {
+        "batch": f"{plan.per_device} sequences a GPU x {plan.accumulation} accumulated x {plan.num_gpus} GPUs "
+        f"= {effective} a step",
+        "memory": f"{_gib(memory.peak)} a GPU, the larger of slow step {_gib(memory.slow_step)} and "
+        f"fast loop {_gib(memory.fast_loop)}",
+        "  both": f"weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, Adam {_gib(memory.adam)}, "
+        f"logits {_gib(memory.logits)}",
+        "  slow step": f"activations {_gib(memory.slow_activations)}",
+        "  fast loop": f"activations {_gib(memory.fast_activations)}, latents {_gib(memory.latents)}",
+        "time": f"{plan.days:.2f} days: {plan.num_steps:,} steps of {plan.seconds_per_step:.2f} s",
+        "FLOPs": f"{plan.flops:.3g} by the paper's account, {plan.library_flops:.3g} in this library",
+    }
+    return "\n".join(f"{name:<12}{line}" for name, line in lines.items())
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The planner's options; `--sequence-length` is the parser's own."""
+    group = parser.add_argument_group("planning a run")
+    group.add_argument("--plan", metavar="PRESET", choices=PRESETS, help=f"plan a run of {', '.join(PRESETS)}")
+    group.add_argument("--tokens", type=float, default=3e9, help="to train on; default 3e9")
+    group.add_argument("--gpus", type=int, default=1, help="of all nodes together; default 1")
+    group.add_argument("--gpu", choices=GPUS, default="h100", help="default h100")
+    group.add_argument("--num-inference-steps", type=int, help="fast steps of a training step; default: the preset's")
+    group.add_argument("--mfu", type=float, default=PAPER_MFU, help=f"by the paper's account; default {PAPER_MFU}")
+    group.add_argument("--global-batch-size", type=int, default=PAPER_BATCH, help="sequences a step; default 512")
+    group.add_argument("--per-device-batch-size", type=int, help="default: the largest power of two that fits")
+    group.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default bf16 (autocast)")
+    group.add_argument("--sharding", choices=SHARDINGS, default="ddp", help="default ddp")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers in the backward pass")
+
+
+def plan_from(args: Namespace) -> Plan:
+    """The plan that the options of `add_arguments` ask for."""
+    steps = args.num_inference_steps
+    return plan(
+        preset_config(args.plan, **({} if steps is None else {"num_inference_steps": steps})),
+        args.tokens,
+        num_gpus=args.gpus,
+        gpu=args.gpu,
+        mfu=args.mfu,
+        global_batch_size=args.global_batch_size,
+        per_device_batch_size=args.per_device_batch_size,
+        sequence_length=args.sequence_length,
+        precision=args.precision,
+        sharding=args.sharding,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )
