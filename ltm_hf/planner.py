@@ -285,7 +285,7 @@ def report(plan: Plan) -> str:
     """A plan in words and units."""
     memory, effective = plan.memory, plan.per_device * plan.accumulation * plan.num_gpus
     lines = {
-        "batch": f"{plan.per_device} sequences a GPU x {plan.accumulation} accumulated x {plan.num_gpus} GPUs "
+        "batch": f"{plan.per_device} sequences a GPU x {plan.accumulation} accumulated x {plan.num_gpus} GPU(s) "
         f"= {effective} a step",
         "memory": f"{_gib(memory.peak)} a GPU, the larger of slow step {_gib(memory.slow_step)} and "
         f"fast loop {_gib(memory.fast_loop)}",

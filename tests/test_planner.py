@@ -227,7 +227,7 @@ def run(*arguments):
 def test_on_the_command_line():
     done = run("--plan", "ltm-large", "--gpus", "8", "--num-inference-steps", "64", "--tokens", "3e9", "--mfu", "0.16")
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if not line.startswith(" "))
-    assert lines["batch"] == "64 sequences a GPU x 1 accumulated x 8 GPUs = 512 a step"
+    assert lines["batch"] == "64 sequences a GPU x 1 accumulated x 8 GPU(s) = 512 a step"
     assert lines["time"] == "0.88 days: 5,723 steps of 13.34 s"
     assert set(lines) == {"batch", "memory", "time", "FLOPs"}
     refused = run("--plan", "ltm-large", "--gpus", "3")
