@@ -16,6 +16,7 @@ def pack(
     dataset: Dataset | IterableDataset | DatasetDict | IterableDatasetDict,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
+    num_shards: int = 1,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
     """Tokenise documents, end each with end-of-text, join them, and cut the stream of tokens into blocks.
 
@@ -27,52 +28,80 @@ def pack(
         dataset: documents in a column `text`, as from `load_corpus`; each split of a dict is packed by itself.
         tokenizer: with `bos_token` and `eos_token`, as from `load_tokenizer` or `train_tokenizer`.
         block_size: tokens in a block, begin-of-text included; at least 2.
+        num_shards: parts of a stream that are packed by themselves, for the workers and processes of a data loader to
+            share out; at most as many as the stream has, which are its files. Of each part, the end that does not fill
+            a block is dropped. The blocks depend on the number of parts, and not on who makes them.
 
     Returns:
         The same kind of data set with the one column `input_ids`, `block_size` integers a row. Blocks of a `Dataset`
-        are kept on disk in the cache of `datasets`; those of a stream are made while iterating, by one worker.
+        are kept on disk in the cache of `datasets`; those of a stream are made while iterating, by `num_shards` workers
+        at most. A stream's `shuffle(seed, buffer_size)` shuffles blocks, and its `state_dict` knows how far it is.
 
     Raises:
-        ValueError: the tokenizer lacks a token, the block size is below 2, or the tokens do not fill one block.
+        ValueError: the tokenizer lacks a token, the block size is below 2, the tokens do not fill one block, or a
+            stream has fewer than `num_shards` parts.
     """
     if isinstance(dataset, dict):
-        return type(dataset)({name: _pack(split, tokenizer, block_size, name) for name, split in dataset.items()})
-    return _pack(dataset, tokenizer, block_size, "corpus")
+        return type(dataset)(
+            {name: _pack(split, tokenizer, block_size, num_shards, name) for name, split in dataset.items()}
+        )
+    return _pack(dataset, tokenizer, block_size, num_shards, "corpus")
 
 
 def _pack(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, name: str
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, num_shards: int, name: str
 ) -> Dataset | IterableDataset:
-    arguments = {"documents": dataset, "tokenizer": tokenizer, "block_size": block_size, "name": name}
-    next(_blocks(**arguments))  # raises its errors here, before any work
+    check_packing(dataset, tokenizer, block_size, name)
     features = Features({"input_ids": List(Value("int32"), length=block_size)})
-    kind = Dataset if isinstance(dataset, Dataset) else IterableDataset
-    return kind.from_generator(_blocks, features=features, gen_kwargs=arguments)
+    arguments = {"tokenizer": tokenizer, "block_size": block_size}
+    if isinstance(dataset, Dataset):
+        return Dataset.from_generator(blocks_of, features=features, gen_kwargs={"documents": dataset, **arguments})
+    if not 1 <= num_shards <= dataset.num_shards:
+        raise ValueError(
+            f"num_shards must lie between 1 and the {dataset.num_shards} parts of the stream {name}, not {num_shards}: "
+            "cut the corpus into more files, or take fewer."
+        )
+    # `datasets` shares out the members of a list
+    parts = [dataset] if num_shards == 1 else [dataset.shard(num_shards, index) for index in range(num_shards)]
+    return IterableDataset.from_generator(_blocks_of_parts, features=features, gen_kwargs={"parts": parts, **arguments})
 
 
-def _blocks(
+def _blocks_of_parts(parts: list[IterableDataset], **arguments) -> Iterator[dict[str, list[int]]]:
+    for documents in parts:
+        yield from blocks_of(documents, **arguments)
+
+
+def check_packing(
     documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, name: str
-) -> Iterator[dict[str, list[int]]]:
-    begin, end, body = tokenizer.bos_token_id, tokenizer.eos_token_id, block_size - 1
-    if begin is None or end is None:
+) -> None:
+    """Raise the errors of `pack` before any work; reads documents until the first block is full."""
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no begin-of-text or no end-of-text token: load it with load_tokenizer.")
-    if body < 1:
+    if block_size < 2:
         raise ValueError(f"block_size must be at least 2 (begin-of-text and a token), not {block_size}.")
-    stream, filled = [], False
+    if next(blocks_of(documents, tokenizer, block_size), None) is None:
+        texts = (text for batch in documents.iter(DOCUMENTS_AT_A_TIME) for text in batch["text"])
+        count = sum(len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1 for text in texts)
+        raise ValueError(
+            f"The {name} has {count} tokens, too few for one block of {block_size} "
+            f"(begin-of-text and {block_size - 1} more): take a smaller block or more text."
+        )
+
+
+def blocks_of(
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> Iterator[dict[str, list[int]]]:
+    """The blocks of documents, as `pack` describes them; none where they do not fill one."""
+    begin, end, body = tokenizer.bos_token_id, tokenizer.eos_token_id, block_size - 1
+    stream = []
     for batch in documents.iter(DOCUMENTS_AT_A_TIME):
         # verbose=False: a document longer than the model's input is no mistake here
         for tokens in tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]:
             stream += [*tokens, end]
         whole = len(stream) - len(stream) % body
         for start in range(0, whole, body):
-            filled = True
             yield {"input_ids": [begin, *stream[start : start + body]]}
         del stream[:whole]
-    if not filled:
-        raise ValueError(
-            f"The {name} has {len(stream)} tokens, too few for one block of {block_size} "
-            f"(begin-of-text and {body} more): take a smaller block or more text."
-        )
 
 
 def collate_blocks(blocks: list[dict]) -> dict[str, torch.Tensor]:

