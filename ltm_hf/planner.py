@@ -113,8 +113,8 @@ def training_memory(
         weights += weights // num_gpus
     arrays = 0
     if config.num_latents:
-        # mean, log-variance, the best of both, noise and sample; Adam's moments and gradients; each step's sample
-        arrays = 6 + (6 if config.inference_optimizer == "adamw" else 0) + config.num_inference_steps
+        # mean, log-variance, the best of both, noise and sample; Adam's moments and gradients
+        arrays = 6 + (6 if config.inference_optimizer == "adamw" else 0)
     return Memory(
         weights=weights,
         gradients=gradients,

@@ -1,5 +1,6 @@
-"""From texts to token ids: documents (`corpora`) and conversations (`chat`), `tokenization`, blocks (`packing`), on disk
-(`shards`)."""
+"""From texts to token ids: documents (`corpora`), conversations (`chat`), `tokenization`; blocks (`packing`, `shards`).
+
+Blocks are packed as they are needed, or once and kept on disk."""
 
 from .chat import load_conversations, prompt_inputs, set_chat_template
 from .corpora import load_corpus

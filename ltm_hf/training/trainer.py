@@ -133,7 +133,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             )
         start = time.perf_counter()
         seed = self._seed(self.state.global_step + 1)
-        trajectory = []
+        trajectory = []  # the samples that the decoder learns from beside the last
+        keep = self.args.slow_gradient == "trajectory"
         with gathered(decoder, self.args.gather_during_inference, keep=True):
             posterior = infer_posterior(
                 decoder,
@@ -141,14 +142,14 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 num_inference_steps=self.args.num_inference_steps,
                 inference_learning_rate=self._inference_learning_rate(decoder.config),
                 seed=seed,
-                callback=lambda step, latents, elbo: trajectory.append(latents),
+                callback=(lambda step, latents, elbo: trajectory.append(latents)) if keep else None,
             )
         self._sums["inference_seconds"] += time.perf_counter() - start
         self._sums["kl"] += posterior.kl_divergence().sum().item()
         self._sums["non_finite_rows"] += posterior.num_non_finite
-        self._count_flops(self._evidence(inputs)["input_ids"], fast_steps=len(trajectory))
+        self._count_flops(self._evidence(inputs)["input_ids"], fast_steps=len(posterior.elbo_trace))
         final = posterior.sample(seed)
-        return [*trajectory, final] if self.args.slow_gradient == "trajectory" else [final]
+        return [*trajectory, final]
 
     def _count_flops(self, input_ids, fast_steps=0, slow_steps=0) -> None:
         if self._peak_flops:
