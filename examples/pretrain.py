@@ -191,11 +191,12 @@ def main():
         twin, _, columns["autoregressive twin"] = train(twin_config, twin_args, *data)
         histories["autoregressive twin"] = twin.state.log_history
 
+    completion = complete(trainer.model, tokenizer, data_args.prompt)  # on all processes, which may hold a part each
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
         plot_curves(histories, folder / "curves.png")
         print(f"\nValidation, {after.num_blocks} blocks, {after.num_tokens:,} tokens:\n\n{markdown_table(columns)}")
-        print(f"\n{complete(trainer.model, tokenizer, data_args.prompt)}")
+        print(f"\n{completion}")
         print(f"\nModel, tokenizer, code, model card and curves.png are in {folder}. Try it:")
         print(f'python examples/generate.py {folder} --prompt "{data_args.prompt}"')
 

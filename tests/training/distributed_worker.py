@@ -213,7 +213,9 @@ def bf16():
     trainer = train("bf16", trainer_class=Typed, bf16=True, gradient_checkpointing=True)
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     reduced_in = str(plugin.mixed_precision_policy.reduce_dtype) if plugin else None
-    return logs(trainer) | {"dtypes": sorted(trainer.dtypes), "reduced_in": reduced_in}
+    whole_batches = dict(per_device_train_batch_size=16 // WORLD_SIZE, gradient_accumulation_steps=1)
+    never = train("bf16-never", bf16=True, gather_during_inference="never", **whole_batches)
+    return logs(trainer) | {"dtypes": sorted(trainer.dtypes), "reduced_in": reduced_in, "never": logs(never)}
 
 
 def settings(decoder):
