@@ -96,6 +96,9 @@ class DualRateArguments:
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must be 0: a smoothed loss is no likelihood, and bounds nothing.")
         super().__post_init__()
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # transformers' old and new
+            if (getattr(self, name, None) or {}).get("use_reentrant"):
+                raise ValueError(f"{name}: use_reentrant must be False; reentrant checkpoints cannot give ∂NLL/∂z.")
         if self.slow_optimizer == "muon":
             if not hasattr(torch.optim, "Muon"):
                 raise ValueError(f"slow_optimizer='muon' needs torch 2.9 or later; this is torch {torch.__version__}.")

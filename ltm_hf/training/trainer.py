@@ -6,7 +6,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ..data import collate_blocks
 from ..flops import training_flops
@@ -31,6 +31,17 @@ def prompts(input_ids, attention_mask=None, labels=None) -> dict[str, torch.Tens
         mask = mask & attention_mask.bool()
     width = max(1, int((mask.any(dim=0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
     return {"input_ids": input_ids[:, :width], "attention_mask": mask[:, :width].long()}
+
+
+class _NoInputGradients(TrainerCallback):
+    """With gradient checkpointing, transformers makes embeddings ask for a gradient, which reentrant checkpoints need.
+
+    The others do not; in the fast loop it costs memory, and torch.compile its one graph.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.gradient_checkpointing:
+            model.disable_input_require_grads()
 
 
 class DualRateMixin(DivergenceMixin, DataOrderMixin):
@@ -85,6 +96,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         self._since = (0, 0.0)  # the step and the time at which `_sums` began
         self._last_batch = None
         self._peak_flops = peak_flops(self.args.device)
+        self.add_callback(_NoInputGradients)
         watch(self)
 
     def _run_state(self):
