@@ -18,7 +18,7 @@ PEAK_TFLOPS = {
     "MI300X": 1307, "L40S": 362, "L4": 121, "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
 
-LATENTS_UNUSED = 0.01  # nats a token: a KL below this, and nothing gained over no latents
+LATENTS_UNUSED = (0.01, 0.001)  # nats a token: a KL below the one, and a bound that gains less than the other by it
 STILL_RISING = 0.01  # nats a token that the last inference step gained
 VARIANCE_OFF = 0.01  # nats a token that variances e times as large, or as small, would gain
 SPIKE = (6.0, 0.1)  # standard deviations, and nats a token, above the mean of
@@ -111,11 +111,11 @@ def diagnose(logs: dict, losses: list[float], warmed_up: bool = True) -> dict[st
 
 def _diagnose_evaluation(figures: dict, warmed_up: bool) -> dict[str, str]:
     found = {}
-    if warmed_up and figures["kl"] < LATENTS_UNUSED and figures["loss"] >= figures["no_latents"]:
+    gain = figures["no_latents"] - figures["loss"]
+    if warmed_up and figures["kl"] < LATENTS_UNUSED[0] and gain < LATENTS_UNUSED[1]:
         found["latents unused"] = (
-            f"they hold {figures['kl']:.2g} nats a token, and the bound, {figures['loss']:.4g}, is no better than "
-            f"without them, {figures['no_latents']:.4g}. Train longer, raise cross_attention_gate_init, or give them "
-            "more to say: a narrower sliding_window, longer blocks."
+            f"they hold {figures['kl']:.2g} nats a token, and the bound gains {gain:.2g} over no latents. Train "
+            "longer, raise cross_attention_gate_init, or give them more to say: a narrower window, longer blocks."
         )
     if figures.get("elbo_last_gain", 0.0) > STILL_RISING:
         found["fast loop not converged"] = (
