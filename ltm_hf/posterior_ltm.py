@@ -152,6 +152,10 @@ class LatentPosterior:
         """(B, L, N, D) latents drawn from q. `seed=None` draws one from torch's global generator."""
         return self.reparameterize(keyed_normal(self.keys, self.mean.shape[1:], _drawn_seed(seed), _SAMPLE))
 
+    def scoring_sample(self, number: int, seed: int | None = None) -> torch.Tensor:
+        """(B, L, N, D) latents drawn from q to score it: sample 0, 1, …, with noise that no fit has seen."""
+        return self.reparameterize(keyed_normal(self.keys, self.mean.shape[1:], seed or 0, _SCORE, number))
+
     def kl_divergence(self) -> torch.Tensor:
         """(B,) nats: KL(q || N(0, I)) of each sequence."""
         return kl_divergence(self.mean, self.log_variance)
@@ -209,8 +213,12 @@ def scored_tokens(input_ids, attention_mask=None, labels=None) -> torch.Tensor:
 
 
 def negative_log_likelihood(model, input_ids, latents=None, attention_mask=None, labels=None) -> torch.Tensor:
-    """(B,) nats: -log p(x|z) of each sequence, the sum over its scored tokens. `latents=None`: of the plain decoder."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, latents=latents, use_cache=False).logits
+    """(B,) nats: -log p(x|z) of each sequence, the sum over its scored tokens.
+
+    `latents=None`: of the plain decoder, or of any other causal language model.
+    """
+    given = {} if latents is None else {"latents": latents}
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given).logits
     targets = scored_tokens(input_ids, attention_mask, labels)
     losses = F.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED, reduction="none"
@@ -249,10 +257,7 @@ def elbo(
         raise ValueError(f"num_particles must be 1 or more, and 1 with a given epsilon; got {num_particles}.")
     nll = 0
     for particle in range(num_particles):
-        noise = epsilon
-        if noise is None:
-            noise = keyed_normal(posterior.keys, posterior.mean.shape[1:], seed or 0, _SCORE, particle)
-        latents = posterior.reparameterize(noise)
+        latents = posterior.scoring_sample(particle, seed) if epsilon is None else posterior.reparameterize(epsilon)
         nll = nll + negative_log_likelihood(model, input_ids, latents, attention_mask, labels) / num_particles
     kl = posterior.kl_divergence()
     num_tokens = (scored_tokens(input_ids, attention_mask, labels) != IGNORED).sum(dim=1)

@@ -3,10 +3,6 @@
     python examples/benchmarks/inference_steps.py outputs/ltm-tiny --steps 1 2 4 8 16 32
 
 prints a Markdown table in nats a token. Validation blocks are those of examples/pretrain.py on its default corpus.
-
-    python examples/benchmarks/inference_steps.py outputs/ltm-tiny --plot thinking.png --steps 0 1 2 4 8 16 32 64
-
-draws the thinking curve instead: bound and prefix loss against the steps, with the model's own settings of inference.
 """
 
 import argparse
@@ -16,8 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ltm_hf  # noqa: F401  registers the model
 from ltm_hf.data import collate_blocks, load_corpus, pack
-from ltm_hf.evaluation import block_losses, mean_and_error
-from ltm_hf.training import plot_thinking
 
 OPTIMIZERS = {
     "natural, Stein precision, 0.5 / (1 + 0.5 t)": dict(
@@ -53,26 +47,12 @@ def bound(model, batches, num_particles, **settings) -> float:
     return total / tokens
 
 
-def draw_thinking_curve(model, blocks, options) -> None:
-    losses = {}
-    print("| T | bound | saved | prefix | saved |\n|---|---|---|---|---|")
-    for steps in options.steps:
-        losses[steps] = at = block_losses(
-            model, blocks, num_inference_steps=steps, num_particles=options.num_particles, progress=False
-        )
-        columns = (at["bound"], at["no_latents"] - at["bound"], at["prefix"], at["prefix_no_latents"] - at["prefix"])
-        cells = ["{:.4f} ± {:.4f}".format(*mean_and_error(column)) for column in columns]
-        print(f"| {steps} | " + " | ".join(cells) + " |", flush=True)
-    plot_thinking(losses, options.plot)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of a checkpoint that examples/pretrain.py left")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--blocks", type=int, default=64, help="validation blocks")
     parser.add_argument("--num_particles", type=int, default=4)
-    parser.add_argument("--plot", help="PNG of the thinking curve to write instead of comparing optimisers")
     options = parser.parse_args()
 
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
@@ -83,8 +63,6 @@ def main():
                for s in range(0, len(blocks), 16)]  # fmt: skip
 
     print(f"{len(blocks)} blocks of {len(blocks[0]['input_ids'])} tokens, {options.num_particles} particles")
-    if options.plot:
-        return draw_thinking_curve(model, blocks, options)
     print(f"the prior itself: {bound(model, batches, options.num_particles, num_inference_steps=0):.4f}\n")
     print("| inference | " + " | ".join(f"T = {steps}" for steps in options.steps) + " |")
     print("|---" * (len(options.steps) + 1) + "|")

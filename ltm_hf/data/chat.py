@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from .corpora import _file_type, _local_files
+from .corpora import _local_files, file_type
 
 # Words and line breaks only, so that it works with any vocabulary. What the assistant says, its end-of-text included,
 # is marked as generated, for losses on nothing else.
@@ -58,10 +58,10 @@ def load_conversations(
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}.")
     files = _local_files(name_or_files)
-    if files and _file_type(files[0]) == "text":
+    if files and file_type(files[0]) == "text":
         raise ValueError(f"{files[0]!r} is text without fields; conversations are read from json and parquet files.")
     if files:
-        rows = load_dataset(_file_type(files[0]), data_files=files, split="train")
+        rows = load_dataset(file_type(files[0]), data_files=files, split="train")
     else:
         rows = load_dataset(name_or_files, config_name, split=split)
     rows = _conversations(rows)

@@ -65,9 +65,9 @@ def load_corpus(
         documents = _presidents()
         documents = documents.to_iterable_dataset() if streaming else documents
     elif files:
-        file_type = _file_type(files[0])
-        options = {"sample_by": "document"} if file_type == "text" else {}
-        documents = load_dataset(file_type, data_files=files, split="train", streaming=streaming, **options)
+        kind = file_type(files[0])
+        options = {"sample_by": "document"} if kind == "text" else {}
+        documents = load_dataset(kind, data_files=files, split="train", streaming=streaming, **options)
     else:
         documents = load_dataset(name_or_files, config_name, split=split, streaming=streaming)
     documents = _texts(documents, text_column)
@@ -94,10 +94,10 @@ def _local_files(name_or_files: str | Path | Sequence[str | Path]) -> list[str] 
     if isinstance(name_or_files, (str, Path)):
         path = Path(name_or_files).expanduser()
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and _file_type(file))
+            files = sorted(file for file in path.rglob("*") if file.is_file() and file_type(file))
         elif not path.exists() and glob.has_magic(str(path)):
             files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-        elif isinstance(name_or_files, Path) or path.exists() or _file_type(path) or not _is_hub_name(name_or_files):
+        elif isinstance(name_or_files, Path) or path.exists() or file_type(path) or not _is_hub_name(name_or_files):
             files = [path]
         else:
             return None
@@ -109,9 +109,9 @@ def _local_files(name_or_files: str | Path | Sequence[str | Path]) -> list[str] 
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"There is no file {str(file)!r}.")
-        if not _file_type(file):
+        if not file_type(file):
             raise ValueError(f"{str(file)!r} is of an unknown type; known are {', '.join(FILE_TYPES)}.")
-    if len({_file_type(file) for file in files}) > 1:
+    if len({file_type(file) for file in files}) > 1:
         raise ValueError(f"{name_or_files!r} mixes text, json or parquet files; name files of one type only.")
     files = [str(file) for file in files if Path(file).stat().st_size]
     if not files:
@@ -119,7 +119,7 @@ def _local_files(name_or_files: str | Path | Sequence[str | Path]) -> list[str] 
     return [glob.escape(file) for file in files]  # `datasets` takes each for a glob
 
 
-def _file_type(file: str | Path) -> str | None:
+def file_type(file: str | Path) -> str | None:
     file = Path(str(file).lower())
     return FILE_TYPES.get(file.with_suffix("").suffix if file.suffix in COMPRESSED else file.suffix)
 

@@ -1,37 +1,58 @@
-"""Likelihood of held-out blocks: bounds with noise that no fit has seen; the published protocol by its own name."""
+"""Likelihood of held-out text: bounds with noise that no fit has seen; the published protocol by its own name.
+
+Figures are sums in nats over a block's scored tokens, pooled over all tokens: total nats / tokens. Their standard
+errors are over documents, which are what a corpus is a sample of.
+"""
 
 import math
-from collections import defaultdict
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from tqdm.auto import tqdm
 
 from ..data import collate_blocks
-from ..posterior_ltm import IGNORED, elbo, infer_posterior, keyed_normal, negative_log_likelihood, sequence_keys
+from ..posterior_ltm import (
+    IGNORED,
+    LatentPosterior,
+    elbo,
+    infer_posterior,
+    keyed_normal,
+    negative_log_likelihood,
+    sequence_keys,
+)
 
 DESCRIPTIONS = {
     "bound": "bound with fresh noise: NLL + KL at a sample that the fit has not seen; what an LTM may claim",
-    "nll": "its first part: NLL given latents fitted to the same text",
+    "iw": "importance-weighted bound by so many samples of the posterior; never above `bound` on average",
+    "nll": "the bound's first part: NLL given latents fitted to the same text",
     "kl": "its second part: what those latents cost",
     "no_latents": "exact loss without latents",
+    "prior": "NLL given latents drawn from the prior: thoughts about nothing",
     "from_prompt": "exact loss of the scored tokens, latents from the prompt before them only",
-    "prefix": "exact loss of each block's second half, latents from its first half only; compare with an AR model's",
-    "prefix_no_latents": "exact loss of the same second halves, without latents",
+    "prefix": "exact loss of what follows a prefix, latents from that prefix only; compare with an AR model's",
+    "prefix_no_latents": "exact loss of the same tokens, without latents",
     "released": "log of the released protocol's perplexity: the fit's own noise, mean of exp over blocks; NOT a bound",
 }
+DEFAULT = ("bound", "nll", "kl", "no_latents", "prefix", "prefix_no_latents", "released")
+EXACT = ("no_latents", "prefix_no_latents")  # the figures of a model without latents
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Nats a token, each with its standard error over blocks. `released` is the log of a mean of perplexities.
+    """Nats a token, each with its standard error. `released` is the log of a mean of perplexities.
 
-    A standard error that nobody measured is NaN, a count that nobody made None.
+    A standard error that nobody measured is NaN, a count that nobody made None. bits_per_byte: of the UTF-8 text, where
+    its size is known; nothing for the parts of a bound, or for `released`.
     """
 
     figures: dict[str, tuple[float, float]]
     num_tokens: int | None
     num_blocks: int | None
+    num_documents: int | None = None
+    bits_per_byte: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
         return self.figures[name][0]
@@ -39,27 +60,77 @@ class Likelihood:
     def __contains__(self, name: str) -> bool:
         return name in self.figures
 
+    def perplexity(self, name: str) -> float:
+        return math.exp(self[name]) if self[name] < 700 else math.inf  # the largest that a float holds is e⁷⁰⁹
 
-def _in_order(names) -> list[str]:
-    return [name for name in DESCRIPTIONS if name in names]
+    def __or__(self, other: "Likelihood") -> "Likelihood":
+        """With the figures of another reading of the same documents; the counts are this one's."""
+        figures, bits = self.figures | other.figures, self.bits_per_byte | other.bits_per_byte
+        return Likelihood(_in_order(figures), self.num_tokens, self.num_blocks, self.num_documents, _in_order(bits))
+
+
+def description(name: str) -> str:
+    """What a figure is. The number of samples is part of a name, as in iw-64."""
+    return DESCRIPTIONS[name.split("-")[0]]
+
+
+def _in_order(figures: dict) -> dict:
+    names = list(DESCRIPTIONS)
+    return dict(sorted(figures.items(), key=lambda item: names.index(item[0].split("-")[0])))
+
+
+def with_error(value: float, error: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
 def markdown_table(columns: dict[str, Likelihood]) -> str:
     """A Markdown table with a row for each figure, a column for each model, and what each figure is."""
-    names = _in_order({name for likelihood in columns.values() for name in likelihood.figures})
+    names = _in_order({name: None for likelihood in columns.values() for name in likelihood.figures})
     rows = [["nats a token", *columns, "what it is"]]
     for name in names:
-        cells = [
-            f"{likelihood.figures[name][0]:.3f} ± {likelihood.figures[name][1]:.3f}" if name in likelihood else "–"
-            for likelihood in columns.values()
-        ]
-        rows.append([name, *cells, DESCRIPTIONS[name]])
+        cells = [with_error(*columns[column].figures.get(name, (math.nan, math.nan))) for column in columns]
+        rows.append([name, *("–" if cell == "nan" else cell for cell in cells), description(name)])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells, the first of them the heading, as a Markdown table whose columns are of one width."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------ estimates
+
+
+def importance_weighted_bound(
+    posterior: LatentPosterior,
+    log_likelihood: Callable[[torch.Tensor], torch.Tensor],
+    num_samples: int,
+    seed: int = 0,
+) -> torch.Tensor:
+    """(B,) nats: log 1/K Σₖ p(x|zₖ) p(zₖ) / q(zₖ|x), zₖ ~ q (Burda et al. 2016, equation 8).
+
+    On average at most log p(x), at least the ELBO, and nearer to log p(x) the more samples; holds one at a time.
+
+    log_likelihood: from latents (B, L, N, D) to log p(x|z), (B,) nats. Raises ValueError for less than one sample.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be 1 or more, got {num_samples}.")
+    precision = (-posterior.log_variance).exp()
+    total = torch.full_like(posterior.kl_divergence(), -torch.inf)
+    for number in range(num_samples):
+        latents = posterior.scoring_sample(number, seed)
+        squares = (latents - posterior.mean) ** 2 * precision - latents**2
+        log_ratio = 0.5 * (squares + posterior.log_variance).flatten(start_dim=1).sum(dim=1)  # log p(z) - log q(z|x)
+        total = torch.logaddexp(total, log_likelihood(latents) + log_ratio)
+    return total - math.log(num_samples)
+
+
+# ------------------------------------------------------------------ scores of blocks
 
 
 def evaluate_likelihood(
@@ -70,32 +141,25 @@ def evaluate_likelihood(
     num_particles: int = 1,
     seed: int = 0,
     progress: bool = True,
+    figures: Collection[str] = DEFAULT,
 ) -> Likelihood:
-    """Every figure of `DESCRIPTIONS` on blocks of equal length; for a model with `num_latents=0`, its exact losses.
+    """Figures of `DESCRIPTIONS` on blocks of tokens; for a model without latents, or any causal LM, its exact losses.
 
-    blocks: a data set with `input_ids`, as from `ltm_hf.data.pack`. num_inference_steps: default the model's.
-    num_particles: samples of z that the bound is averaged over. Raises ValueError if there is no block.
+    blocks: rows with `input_ids`, as from `ltm_hf.data.pack`; padded to the longest of their batch. With the columns of
+        `document_blocks` and `prefix_blocks`, errors are over documents instead of blocks, bits per byte are known, and
+        the prefix of each block is its own; else it is the first half.
+    num_inference_steps: default the model's. num_particles: samples of z that the bound is averaged over.
+    figures: names, with the number of samples where there is one: "iw-64".
+
+    Raises ValueError if there is no block, or for an unknown figure.
     """
-    figures = {}
-    for name, losses in block_losses(
-        model, blocks, batch_size, num_inference_steps, num_particles, seed, progress
-    ).items():
-        if name == "released":  # the mean of exponentials over blocks is the protocol's own
-            mean, error = mean_and_error(losses.exp())
-            figures[name] = (math.log(mean), error / mean)
-        else:
-            figures[name] = mean_and_error(losses)
-    scored = len(blocks[0]["input_ids"]) - 1
-    return Likelihood(figures, scored * len(blocks), len(blocks))
-
-
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """The mean and its standard error, NaN for a single value."""
-    return values.mean().item(), (values.std() / math.sqrt(len(values))).item()
+    return score_blocks(
+        model, blocks, batch_size, num_inference_steps, num_particles, seed, progress, figures
+    ).likelihood()
 
 
 @torch.no_grad()
-def block_losses(
+def score_blocks(
     model,
     blocks,
     batch_size: int = 16,
@@ -103,49 +167,171 @@ def block_losses(
     num_particles: int = 1,
     seed: int = 0,
     progress: bool = True,
-) -> dict[str, torch.Tensor]:
-    """What `evaluate_likelihood` averages, to be compared block by block: (blocks,) nats a token for each figure."""
+    figures: Collection[str] = DEFAULT,
+) -> "BlockScores":
+    """What `evaluate_likelihood` pools, to be compared block by block; its arguments."""
     if not len(blocks):
         raise ValueError("There is no block to evaluate on.")
+    for name in figures:
+        if not re.fullmatch("|".join([*(set(DESCRIPTIONS) - {"iw", "from_prompt"}), r"iw-[1-9]\d*"]), name):
+            raise ValueError(f"There is no figure {name!r}; there are {', '.join(DEFAULT)}, prior, and iw-K.")
+    if not getattr(model.config, "num_latents", 0):
+        figures = [name for name in EXACT if name in figures]
+    rows = [blocks[index] for index in range(len(blocks))]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # little padding
     was_training = model.training
     model.eval()
-    sums = defaultdict(list)  # a sum in nats for each block
-    for start in tqdm(range(0, len(blocks), batch_size), desc="Evaluating", disable=not progress, leave=False):
-        batch = [blocks[index] for index in range(start, min(start + batch_size, len(blocks)))]
-        input_ids = collate_blocks(batch)["input_ids"].to(model.device)
-        for name, values in _score(model, input_ids, num_inference_steps, num_particles, seed).items():
-            sums[name].append(values.double().cpu())
+    scores = {name: torch.zeros(len(rows), dtype=torch.float64) for name in figures}
+    for start in tqdm(range(0, len(rows), batch_size), desc="Evaluating", disable=not progress, leave=False):
+        indices = order[start : start + batch_size]
+        settings = {"num_inference_steps": num_inference_steps, "seed": seed}
+        batch = _Batch(model, [rows[index] for index in indices], settings, num_particles)
+        for name in figures:
+            scores[name][indices] = batch.score(name).double().cpu()
     model.train(was_training)
-    length = input_ids.shape[1]
-    scored, scored_after_prefix = length - 1, length - length // 2
-    return {
-        name: torch.cat(sums[name]) / (scored_after_prefix if name.startswith("prefix") else scored)
-        for name in _in_order(sums)
-    }
+    return BlockScores(rows, scores)
 
 
-def _score(model, input_ids, num_inference_steps, num_particles, seed) -> dict[str, torch.Tensor]:
-    """(B,) sums in nats of each figure."""
-    half = input_ids.shape[1] // 2
-    second_half = input_ids.clone()
-    second_half[:, :half] = IGNORED
-    plain = {
-        "no_latents": negative_log_likelihood(model, input_ids),
-        "prefix_no_latents": negative_log_likelihood(model, input_ids, labels=second_half),
-    }
-    if not model.config.num_latents:
-        return plain
+class BlockScores:
+    """Nats of each block by figure, (blocks,) each in `nats`, and of how many tokens and bytes of which document."""
 
-    settings = {"num_inference_steps": num_inference_steps, "seed": seed}
-    posterior = infer_posterior(model, input_ids, **settings)
-    estimate = elbo(model, input_ids, posterior, num_particles=num_particles, seed=seed)
-    from_prefix = infer_posterior(model, input_ids[:, :half], **settings)
-    noise = keyed_normal(sequence_keys(input_ids, torch.ones_like(input_ids)), model.config.latent_shape, seed)
-    fitted_to_noise = infer_posterior(model, input_ids, epsilon=noise, **settings)
-    return plain | {
-        "bound": -estimate.elbo,
-        "nll": estimate.nll,
-        "kl": estimate.kl,
-        "prefix": negative_log_likelihood(model, input_ids, from_prefix.mean, labels=second_half),
-        "released": -elbo(model, input_ids, fitted_to_noise, epsilon=noise).elbo,
-    }
+    def __init__(self, rows: list[dict], nats: dict[str, torch.Tensor]):
+        self.nats = nats
+        self.documents = torch.tensor([row.get("document", index) for index, row in enumerate(rows)])
+        self._rows = rows
+
+    def tokens(self, name: str) -> torch.Tensor:
+        """(blocks,) tokens that the figure is of."""
+        return torch.tensor([len(row["input_ids"]) - _first(row, name) for row in self._rows], dtype=torch.float64)
+
+    def bytes(self, name: str) -> torch.Tensor | None:
+        """(blocks,) bytes of text that the figure is of, None if they are not known."""
+        if "token_bytes" not in self._rows[0]:
+            return None
+        sizes = [sum(row["token_bytes"][_first(row, name) :]) for row in self._rows]
+        return torch.tensor(sizes, dtype=torch.float64)
+
+    def mean(self, name: str, minus: str | None = None) -> tuple[float, float]:
+        """Nats a token over all blocks, and the standard error over documents; or what one figure is above another.
+
+        Both of a difference must be of the same tokens.
+        """
+        nats = self.nats[name] if minus is None else self.nats[name] - self.nats[minus]
+        return ratio_and_error(nats, self.tokens(name), self.documents)
+
+    def likelihood(self) -> Likelihood:
+        figures, bits = {}, {}
+        for name, nats in self.nats.items():
+            if not self.tokens(name).sum():
+                continue  # nothing follows any prefix
+            if name == "released":  # the mean of exponentials over blocks is the protocol's own
+                mean, error = mean_and_error((nats / self.tokens(name)).exp())
+                figures[name] = (math.log(mean), error / mean)
+                continue
+            figures[name] = self.mean(name)
+            sizes = self.bytes(name)
+            if sizes is not None and name not in ("nll", "kl"):
+                bits[name] = ratio_and_error(nats / math.log(2), sizes, self.documents)
+        scored = sum(len(row["input_ids"]) - 1 for row in self._rows)
+        documents = len(self.documents.unique()) if "document" in self._rows[0] else None
+        return Likelihood(_in_order(figures), scored, len(self._rows), documents, _in_order(bits))
+
+
+def _first(row: dict, name: str) -> int:
+    """The position of the first token that a figure of a block scores."""
+    return row.get("prefix_length", len(row["input_ids"]) // 2) if name.startswith("prefix") else 1
+
+
+class _Batch:
+    """Blocks padded on the right, and what several figures of them share, each made when first asked for."""
+
+    def __init__(self, model, rows: list[dict], settings: dict, num_particles: int):
+        self.model, self.settings, self.num_particles = model, settings, num_particles
+        tensors = collate_blocks([{"input_ids": row["input_ids"]} for row in rows])
+        self.input_ids = tensors["input_ids"].to(model.device)
+        mask = tensors.get("attention_mask")
+        self.mask = mask if mask is None else mask.to(model.device)
+        prefixes = torch.tensor([_first(row, "prefix") for row in rows], device=model.device)
+        self.is_prefix = torch.arange(self.input_ids.shape[1], device=model.device) < prefixes[:, None]
+
+    def score(self, name: str) -> torch.Tensor:
+        """(B,) nats."""
+        name, _, number = name.partition("-")
+        return getattr(self, name)(*([int(number)] if number else []))
+
+    @cached_property
+    def posterior(self):
+        return infer_posterior(self.model, self.input_ids, self.mask, **self.settings)
+
+    @cached_property
+    def estimate(self):
+        options = {"num_particles": self.num_particles, "seed": self.settings["seed"]}
+        return elbo(self.model, self.input_ids, self.posterior, self.mask, **options)
+
+    def nll_given(self, latents=None, after_prefix=False):
+        labels = self.input_ids.masked_fill(self.is_prefix, IGNORED) if after_prefix else None
+        return negative_log_likelihood(self.model, self.input_ids, latents, self.mask, labels)
+
+    def bound(self):
+        return -self.estimate.elbo
+
+    def nll(self):
+        return self.estimate.nll
+
+    def kl(self):
+        return self.estimate.kl
+
+    def iw(self, num_samples):
+        seed = self.settings["seed"]
+        return -importance_weighted_bound(self.posterior, lambda z: -self.nll_given(z), num_samples, seed)
+
+    def no_latents(self):
+        return self.nll_given()
+
+    def prior(self):
+        shape = self.model.config.latent_shape
+        prior = LatentPosterior(*torch.zeros(2, len(self.keys), *shape, device=self.keys.device), keys=self.keys)
+        return self.nll_given(prior.scoring_sample(0, self.settings["seed"]))
+
+    @cached_property
+    def keys(self):
+        return sequence_keys(self.input_ids, torch.ones_like(self.input_ids) if self.mask is None else self.mask)
+
+    def prefix(self):
+        width = int(self.is_prefix.sum(dim=1).max())
+        prefixes = infer_posterior(
+            self.model, self.input_ids[:, :width], self.is_prefix[:, :width].long(), **self.settings
+        )
+        return self.nll_given(prefixes.mean, after_prefix=True)
+
+    def prefix_no_latents(self):
+        return self.nll_given(after_prefix=True)
+
+    def released(self):
+        noise = keyed_normal(self.keys, self.model.config.latent_shape, self.settings["seed"])
+        fitted = infer_posterior(self.model, self.input_ids, self.mask, epsilon=noise, **self.settings)
+        return -elbo(self.model, self.input_ids, fitted, self.mask, epsilon=noise).elbo
+
+
+# ------------------------------------------------------------------ means and their errors
+
+
+def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
+    """The mean and its standard error, NaN for a single value."""
+    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else values.new_tensor(math.nan)
+    return values.mean().item(), error.item()
+
+
+def ratio_and_error(sums: torch.Tensor, counts: torch.Tensor, groups: torch.Tensor) -> tuple[float, float]:
+    """Σ sums / Σ counts and its standard error over groups, NaN for a single one.
+
+    That of a ratio of sums, by its linearisation (Cochran 1977, section 6.4). sums, counts, groups: (rows,) each;
+    groups without counts tell nothing.
+    """
+    _, groups = groups.unique(return_inverse=True)
+    size = int(groups.max()) + 1
+    sums, counts = (torch.zeros(size, dtype=x.dtype).index_add(0, groups, x) for x in (sums, counts))
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    ratio = sums.sum() / counts.sum()
+    residuals = (sums - ratio * counts) / counts.mean()
+    return ratio.item(), mean_and_error(residuals)[1]

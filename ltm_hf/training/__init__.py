@@ -2,7 +2,7 @@
 
 from .arguments import DualRateArguments, LTMTrainingArguments
 from .card import write_model_card
-from .curves import plot_curves, plot_thinking
+from .curves import plot_curves
 from .trainer import DualRateMixin, LTMTrainer
 
 __all__ = [
@@ -11,6 +11,5 @@ __all__ = [
     "LTMTrainer",
     "LTMTrainingArguments",
     "plot_curves",
-    "plot_thinking",
     "write_model_card",
 ]

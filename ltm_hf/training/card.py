@@ -98,8 +98,7 @@ def write_model_card(
         training=training | _recipe(config, training_arguments),
         sequence_length=sequence_length,
         cost=_cost(config, training_arguments, sequence_length, num_training_tokens),
-        # A single block has no standard error, and neither has Trainer's evaluation.
-        figures=markdown_table(honest).replace(" ± nan", "      ") if honest else None,
+        figures=markdown_table(honest) if honest else None,
         measured={data: (figures, _perplexity(figures)) for data, figures in honest.items()},
         measured_steps=config.num_inference_steps if num_inference_steps is None else num_inference_steps,
         released=released,
@@ -119,14 +118,14 @@ def _apart(likelihoods: dict[str, Likelihood]) -> tuple[dict[str, Likelihood], d
         if figures:
             honest[data] = Likelihood(figures, likelihood.num_tokens, likelihood.num_blocks)
         if "released" in likelihood:
-            released[data] = _exp(likelihood["released"])
+            released[data] = likelihood.perplexity("released")
     return honest, released
 
 
 def _perplexity(likelihood: Likelihood) -> float | None:
     """A bound with latents, unless they are from the prompt alone; exact for a model that has none."""
     name = next((name for name in ("bound", "from_prompt", "no_latents") if name in likelihood), None)
-    return name and _exp(likelihood[name])
+    return name and likelihood.perplexity(name)
 
 
 def _metrics(likelihood: Likelihood) -> list[tuple[str, float, str]]:
@@ -135,10 +134,6 @@ def _metrics(likelihood: Likelihood) -> list[tuple[str, float, str]]:
     metrics = [("perplexity", _perplexity(likelihood), kind)]
     metrics += [(name, nats, f"{name} (nats a token)") for name, (nats, _) in likelihood.figures.items()]
     return [metric for metric in metrics if metric[1] is not None and math.isfinite(metric[1])]
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf  # the largest that a float holds is e⁷⁰⁹
 
 
 # ---------------------------------------------------------------- facts, a label and a value each

@@ -1,10 +1,6 @@
-"""Curves as pictures: training, and thinking at test time. They need matplotlib (the extra `examples`)."""
+"""Training curves as a picture. They need matplotlib (the extra `examples`)."""
 
 from pathlib import Path
-
-import torch
-
-from ..evaluation import mean_and_error
 
 
 def plot_curves(histories: dict[str, list[dict]], path: str | Path) -> None:
@@ -44,42 +40,4 @@ def plot_curves(histories: dict[str, list[dict]], path: str | Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def plot_thinking(losses: dict[int, dict[str, torch.Tensor]], path: str | Path) -> None:
-    """Write a PNG of `ltm_hf.evaluation.block_losses` at several numbers of inference steps: what thinking saves.
-
-    Left, the losses with their standard errors over blocks; right, how far they lie below the same blocks' loss
-    without latents, with the standard error of that difference, block by block.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    level, saved = figure.subplots(1, 2)
-    steps = sorted(losses)
-    lines = (
-        ("bound", "no_latents", "bound with fresh noise, whole block"),
-        ("prefix", "prefix_no_latents", "prefix: second half, latents from the first"),
-    )
-    for index, (name, plain, label) in enumerate(lines):
-        color = f"C{index}"
-        places = [place + 0.12 * (index - 0.5) for place in range(len(steps))]  # side by side, so that bars can be read
-        for axes, values in (
-            (level, [mean_and_error(losses[step][name]) for step in steps]),
-            (saved, [mean_and_error(losses[step][plain] - losses[step][name]) for step in steps]),
-        ):
-            axes.errorbar(places, *zip(*values, strict=True), fmt="o-", color=color, ms=4, capsize=3, label=label)
-        level.axhline(losses[steps[0]][plain].mean().item(), color=color, ls="--", lw=1, label="the same, no latents")
-    saved.axhline(0, color="grey", lw=1)
-    for axes, title in (
-        (level, "Held-out loss, ± standard error"),
-        (saved, "Saved over no latents, block by block, ± standard error"),
-    ):
-        axes.set_xticks(range(len(steps)), [str(step) for step in steps])
-        axes.set(xlabel="inference steps at test time", ylabel="nats a token", title=title)
-        axes.grid(alpha=0.3)
-    level.margins(y=0.3)  # room for the legend
-    level.legend(fontsize=8, ncols=2, loc="upper center")
-    saved.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=120)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ltm_hf import LTMConfig, LTMForCausalLM, elbo, infer_posterior
-from ltm_hf.evaluation import evaluate_likelihood, markdown_table
+from ltm_hf.evaluation import Likelihood, evaluate_likelihood, markdown_table, score_blocks
 from ltm_hf.posterior_ltm import LatentPosterior, keyed_normal, sequence_keys
 
 LENGTH = 12
@@ -109,6 +110,73 @@ def test_restores_training_mode_and_refuses_an_empty_set(model, blocks):
     model.eval()
     with pytest.raises(ValueError, match="no block"):
         evaluate_likelihood(model, [], progress=False)
+
+
+def test_a_block_gets_the_same_figures_in_any_batch_and_padded(model):
+    """Of blocks of different lengths, each with a prefix of its own."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        {
+            "input_ids": torch.randint(2, 61, (length,), generator=generator).tolist(),
+            "token_bytes": [0] + [2] * (length - 1),
+            "document": length % 3,
+            "prefix_length": prefix,
+        }
+        for length, prefix in ((12, 6), (3, 1), (7, 6), (2, 1), (9, 2))
+    ]
+    names = ("bound", "nll", "kl", "iw-3", "no_latents", "prior", "prefix", "prefix_no_latents", "released")
+    together = score_blocks(model, rows, batch_size=4, progress=False, figures=names)
+    for index, row in enumerate(rows):
+        alone = score_blocks(model, [row], progress=False, figures=names)
+        for name in names:
+            assert together.nats[name][index].item() == pytest.approx(alone.nats[name].item(), abs=2e-4), name
+    ids = torch.tensor(rows[4]["input_ids"])
+    thought = infer_posterior(model, ids[None, :2]).mean
+    with torch.no_grad():
+        logits = model(ids[None], latents=thought).logits[0, 1:-1]
+    after = -torch.log_softmax(logits, dim=-1)[torch.arange(7), ids[2:]]
+    assert together.nats["prefix"][4].item() == pytest.approx(after.sum().item(), abs=1e-4)
+    assert together.tokens("prefix").tolist() == [6, 2, 1, 1, 7]
+    assert together.bytes("bound").tolist() == [22, 4, 12, 2, 16]
+    likelihood = together.likelihood()
+    total = sum(together.nats["bound"]).item()
+    assert likelihood["bound"] == pytest.approx(total / 28)
+    assert likelihood.bits_per_byte["bound"][0] == pytest.approx(total / math.log(2) / 56)
+    assert likelihood.num_documents == 3 and likelihood.num_blocks == 5
+
+
+def test_prior_is_a_draw_that_ignores_the_text(model, blocks):
+    """On average over many texts as good as any other draw, and the same whatever the fit."""
+    few, many = (
+        score_blocks(model, blocks, num_inference_steps=steps, progress=False, figures=["prior"]) for steps in (1, 9)
+    )
+    assert torch.equal(few.nats["prior"], many.nats["prior"])
+    plain = score_blocks(model, blocks, progress=False, figures=["no_latents"]).nats["no_latents"]
+    assert (few.nats["prior"] - plain).abs().min() > 1e-3
+
+
+def test_other_causal_models_by_the_same_call(blocks):
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    llama = LlamaForCausalLM(config).eval()
+    likelihood = evaluate_likelihood(llama, blocks, progress=False)
+    assert list(likelihood.figures) == ["no_latents", "prefix_no_latents"]
+    ids = torch.tensor([block["input_ids"] for block in blocks])
+    with torch.no_grad():
+        assert likelihood["no_latents"] == pytest.approx(llama(ids, labels=ids).loss.item(), abs=1e-5)
+
+
+def test_a_single_block_has_no_error(model, blocks):
+    likelihood = evaluate_likelihood(model, blocks[:1], progress=False)
+    assert math.isnan(likelihood.figures["bound"][1]) and "nan" not in markdown_table({"mine": likelihood})
+
+
+def test_perplexity_pools_tokens():
+    likelihood = Likelihood({"bound": (2.0, 0.1), "kl": (1e4, 0.0)}, 10, 2)
+    assert likelihood.perplexity("bound") == math.exp(2.0) and likelihood.perplexity("kl") == math.inf
+    both = likelihood | Likelihood({"iw-8": (1.9, 0.1)}, 5, 1)
+    assert list(both.figures) == ["bound", "iw-8", "kl"] and both.num_tokens == 10
 
 
 def test_more_particles_average_the_same_bound(model, blocks):
