@@ -3,6 +3,7 @@
 from .likelihood import (
     BlockScores,
     Likelihood,
+    evaluate_documents,
     evaluate_likelihood,
     importance_weighted_bound,
     markdown_table,
@@ -15,6 +16,7 @@ from .thinking import plot_thinking, thinking_curve, thinking_table, write_think
 __all__ = [
     "BlockScores",
     "Likelihood",
+    "evaluate_documents",
     "evaluate_likelihood",
     "importance_weighted_bound",
     "markdown_table",

@@ -5,15 +5,18 @@ errors are over documents, which are what a corpus is a sample of.
 """
 
 import math
+import random
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from datasets import Dataset
 from tqdm.auto import tqdm
 
-from ..data import collate_blocks
+from ..data import collate_blocks, document_blocks, prefix_blocks
+from ..data.packing import blocks_of
 from ..posterior_ltm import (
     IGNORED,
     LatentPosterior,
@@ -80,17 +83,36 @@ def _in_order(figures: dict) -> dict:
 
 
 def with_error(value: float, error: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+    """`value ± error`, without an error that is not known; a dash where there is no value."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:,.{digits}f}" + ("" if math.isnan(error) else f" ± {error:,.{digits}f}")
 
 
-def markdown_table(columns: dict[str, Likelihood]) -> str:
-    """A Markdown table with a row for each figure, a column for each model, and what each figure is."""
+def markdown_table(columns: dict[str, Likelihood], unit: str = "nats a token") -> str:
+    """A Markdown table with a row for each figure, a column for each model, and what each figure is.
+
+    unit: "nats a token", "perplexity" or "bits per byte"; parts of a bound are given in nats only.
+    """
     names = _in_order({name: None for likelihood in columns.values() for name in likelihood.figures})
-    rows = [["nats a token", *columns, "what it is"]]
+    rows = [[unit, *columns, "what it is"]]
     for name in names:
-        cells = [with_error(*columns[column].figures.get(name, (math.nan, math.nan))) for column in columns]
-        rows.append([name, *("–" if cell == "nan" else cell for cell in cells), description(name)])
+        cells = [with_error(*_in_unit(likelihood, name, unit)) for likelihood in columns.values()]
+        if set(cells) != {"–"}:
+            rows.append([name, *cells, description(name)])
     return aligned(rows)
+
+
+def _in_unit(likelihood: Likelihood, name: str, unit: str) -> tuple[float, float]:
+    unknown = (math.nan, math.nan)
+    if unit == "bits per byte":
+        return likelihood.bits_per_byte.get(name, unknown)
+    if unit == "nats a token" or name not in likelihood:
+        return likelihood.figures.get(name, unknown)
+    if name in ("nll", "kl"):
+        return unknown
+    perplexity = likelihood.perplexity(name)
+    return perplexity, perplexity * likelihood.figures[name][1]  # of a smooth function, to first order
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -190,6 +212,57 @@ def score_blocks(
             scores[name][indices] = batch.score(name).double().cpu()
     model.train(was_training)
     return BlockScores(rows, scores)
+
+
+def evaluate_documents(
+    model,
+    tokenizer,
+    texts: Sequence[str],
+    block_size: int | None = None,
+    num_blocks: int | None = None,
+    prefix_length: int | None = None,
+    num_samples: int = 0,
+    seed: int = 0,
+    **settings,
+) -> tuple[Likelihood, list[str]]:
+    """All figures on documents, and in words what could not be had.
+
+    The bounds are of `document_blocks`; `prefix` is of `prefix_blocks`; `released` is of documents joined and cut into
+    blocks, as that protocol has it.
+
+    tokenizer: the model's. block_size: tokens, default what the model takes, 1,024 at most. num_blocks: so many blocks
+    for each of these, drawn by the seed; default all. prefix_length: tokens; default half of a block.
+    num_samples: of the importance-weighted bound; 0 for none. settings: as for `evaluate_likelihood`.
+
+    Raises ValueError as `document_blocks` does.
+    """
+    block_size = block_size or min(1024, model.config.max_position_embeddings)
+    figures = [name for name in (*DEFAULT, "prior") if name != "released" and not name.startswith("prefix")]
+    figures += [f"iw-{num_samples}"] if num_samples else []
+    has_latents, notes = bool(getattr(model.config, "num_latents", 0)), []
+
+    def choose(blocks):
+        if num_blocks is None or len(blocks) <= num_blocks:
+            return blocks
+        return [blocks[index] for index in sorted(random.Random(seed).sample(range(len(blocks)), num_blocks))]
+
+    def figures_of(blocks, names):
+        return evaluate_likelihood(model, choose(blocks), figures=names, seed=seed, **settings)
+
+    result = figures_of(document_blocks(texts, tokenizer, block_size), figures)
+    following = prefix_blocks(texts, tokenizer, block_size, prefix_length)
+    missing = len(texts) - (len(set(following["document"])) if len(following) else 0)
+    if missing:
+        notes.append(f"{missing} of {len(texts)} documents are too short to have anything after their prefix.")
+    if len(following):
+        result |= figures_of(following, ("prefix", "prefix_no_latents"))
+    if has_latents:
+        joined = list(blocks_of(Dataset.from_dict({"text": list(texts)}), tokenizer, block_size))
+        if joined:
+            result |= figures_of(joined, ("released",))
+        else:
+            notes.append(f"The documents together do not fill one block of {block_size} tokens: no released protocol.")
+    return result, notes
 
 
 class BlockScores:

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ltm_hf import LTMConfig, LTMForCausalLM, elbo, infer_posterior
-from ltm_hf.evaluation import Likelihood, evaluate_likelihood, markdown_table, score_blocks
+from ltm_hf.data import document_blocks, pack, prefix_blocks, train_tokenizer
+from ltm_hf.evaluation import Likelihood, evaluate_documents, evaluate_likelihood, markdown_table, score_blocks
 from ltm_hf.posterior_ltm import LatentPosterior, keyed_normal, sequence_keys
 
 LENGTH = 12
@@ -186,3 +188,76 @@ def test_more_particles_average_the_same_bound(model, blocks):
     with torch.no_grad():
         one, many = (elbo(model, ids, narrow, num_particles=count).nll for count in (1, 3))
     torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-4)  # without variance there is nothing to average
+
+
+@pytest.fixture(scope="module")
+def texts():
+    words = ["the", "people", "of", "these", "states", "have", "peace", "and", "war", "with", "all"]
+    generator = torch.Generator().manual_seed(2)
+    return [" ".join(words[i] for i in torch.randint(11, (length,), generator=generator)) for length in (4, 30, 9, 70)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return train_tokenizer(texts, 290)
+
+
+@pytest.fixture(scope="module")
+def reader(tokenizer):
+    """A model of that vocabulary."""
+    torch.manual_seed(0)
+    config = LTMConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, sliding_window=4, num_latents=4, initializer_range=0.3, num_inference_steps=2,
+    )  # fmt: skip
+    return LTMForCausalLM(config).eval()
+
+
+def test_documents(reader, tokenizer, texts):
+    """Each group of figures is of the blocks that it says; bits and nats are of the same text."""
+    likelihood, notes = evaluate_documents(reader, tokenizer, texts, num_samples=2, progress=False)
+    names = [
+        "bound", "iw-2", "nll", "kl", "no_latents", "prior", "prefix", "prefix_no_latents", "released",
+    ]  # fmt: skip
+    assert list(likelihood.figures) == names and notes == [] and likelihood.num_documents == 4
+    whole = score_blocks(reader, document_blocks(texts, tokenizer, 16), progress=False, figures=["bound"])
+    assert likelihood.figures["bound"] == pytest.approx(whole.mean("bound"), rel=1e-5)
+    size = sum(len(text.encode()) for text in texts)
+    nats = whole.nats["bound"].sum().item()
+    assert likelihood.bits_per_byte["bound"][0] == pytest.approx(nats / math.log(2) / size)
+    after = score_blocks(reader, prefix_blocks(texts, tokenizer, 16), progress=False, figures=["prefix"])
+    assert likelihood.figures["prefix"] == pytest.approx(after.mean("prefix"), rel=1e-5)
+    joined = pack(Dataset.from_dict({"text": texts}), tokenizer, 16)
+    released = evaluate_likelihood(reader, joined, progress=False, figures=["released"])
+    assert likelihood["released"] == pytest.approx(released["released"], rel=1e-5)
+    assert "released" not in likelihood.bits_per_byte and "kl" not in likelihood.bits_per_byte
+
+
+def test_documents_without_what_a_figure_needs(reader, tokenizer, texts):
+    likelihood, notes = evaluate_documents(reader, tokenizer, ["a", texts[1]], prefix_length=8, progress=False)
+    assert notes == ["1 of 2 documents are too short to have anything after their prefix."] and "prefix" in likelihood
+    likelihood, notes = evaluate_documents(reader, tokenizer, ["a b"], prefix_length=8, progress=False)
+    assert "prefix" not in likelihood and "released" not in likelihood and "bound" in likelihood
+    assert len(notes) == 2 and "do not fill one block of 16 tokens" in notes[1]
+    with pytest.raises(ValueError, match="Document 1 has no text"):
+        evaluate_documents(reader, tokenizer, ["a", " "], progress=False)
+
+
+def test_so_many_blocks_are_drawn_by_the_seed(reader, tokenizer, texts):
+    first, again, other = (
+        evaluate_documents(reader, tokenizer, texts, num_blocks=3, seed=seed, progress=False)[0] for seed in (0, 0, 1)
+    )
+    assert first.figures["no_latents"] == again.figures["no_latents"] != other.figures["no_latents"]
+    assert first.num_blocks == 3
+
+
+def test_units():
+    likelihood = Likelihood({"bound": (math.log(20.0), 0.1), "kl": (0.5, math.nan)}, 9, 1, 1, {"bound": (1.5, 0.2)})
+    cells = {
+        unit: [line.split("|")[1:3] for line in markdown_table({"m": likelihood}, unit).splitlines()[2:]]
+        for unit in ("nats a token", "perplexity", "bits per byte")
+    }
+    stripped = {unit: [[cell.strip() for cell in row] for row in rows] for unit, rows in cells.items()}
+    assert stripped["nats a token"] == [["bound", "2.996 ± 0.100"], ["kl", "0.500"]]
+    assert stripped["perplexity"] == [["bound", "20.000 ± 2.000"]]
+    assert stripped["bits per byte"] == [["bound", "1.500 ± 0.200"]]
