@@ -82,9 +82,14 @@ def _drawn_seed(seed: int | None) -> int:
 _FILE = "latent_posterior.safetensors"
 
 
+def kl_terms(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """(B, L, N, D) nats: KL(N(mean, exp(log_variance)) || N(0, 1)) of each channel, which sum to the sequence's."""
+    return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)
+
+
 def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
     """(B,) nats: KL(N(mean, exp(log_variance)) || N(0, I)) of each sequence."""
-    return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(start_dim=1).sum(dim=1)
+    return kl_terms(mean, log_variance).flatten(start_dim=1).sum(dim=1)
 
 
 @dataclass
