@@ -241,13 +241,8 @@ def evaluate_documents(
     figures += [f"iw-{num_samples}"] if num_samples else []
     has_latents, notes = bool(getattr(model.config, "num_latents", 0)), []
 
-    def choose(blocks):
-        if num_blocks is None or len(blocks) <= num_blocks:
-            return blocks
-        return [blocks[index] for index in sorted(random.Random(seed).sample(range(len(blocks)), num_blocks))]
-
     def figures_of(blocks, names):
-        return evaluate_likelihood(model, choose(blocks), figures=names, seed=seed, **settings)
+        return evaluate_likelihood(model, chosen(blocks, num_blocks, seed), figures=names, seed=seed, **settings)
 
     result = figures_of(document_blocks(texts, tokenizer, block_size), figures)
     following = prefix_blocks(texts, tokenizer, block_size, prefix_length)
@@ -263,6 +258,14 @@ def evaluate_documents(
         else:
             notes.append(f"The documents together do not fill one block of {block_size} tokens: no released protocol.")
     return result, notes
+
+
+def chosen(blocks, count: int | None, seed: int = 0) -> list[dict]:
+    """So many of the blocks, drawn by the seed and in their order; all of them where there are no more, or for None."""
+    indices = range(len(blocks))
+    if count is not None and count < len(blocks):
+        indices = sorted(random.Random(seed).sample(indices, count))
+    return [blocks[index] for index in indices]
 
 
 class BlockScores:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,40 +23,52 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sections: list[str] = []
 
+    def kept(self, name: str, settings: dict, compute: Callable[[], dict]) -> dict:
+        """The result in `name`.json if it was made with these settings; else computed, of what JSON knows, and kept.
+
+        settings: what the result depends on. NaN and infinity become null.
+        """
+        path, settings = self.folder / f"{name}.json", _jsonable(settings)
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if kept.get("settings") != settings:
+            kept = {"settings": settings, "result": _jsonable(compute())}
+            _write(path, json.dumps(kept, indent=1, allow_nan=False))
+        return kept["result"]
+
     def section(
-        self,
-        name: str,
-        title: str,
-        settings: dict,
-        compute: Callable[[], dict],
-        show: Callable[[dict, Path], str],
+        self, name: str, title: str, settings: dict, compute: Callable[[], dict], show: Callable[[dict, Path], str]
     ) -> dict | None:
         """Add a section, and write the report as it now is. Returns what was computed, or None where it could not be.
 
-        settings: what the result depends on. compute: the result, of what JSON knows; NaN becomes null.
-        show: Markdown of the result, given the report's folder to draw pictures into.
-
+        compute: as for `kept`. show: Markdown of the result, given the report's folder to draw pictures into.
         What cannot be had, a ValueError, OSError or ImportError, becomes the section's one sentence.
         """
-        path = self.folder / f"{name}.json"
-        settings = _jsonable(settings)
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         try:
-            if kept.get("settings") != settings:
-                kept = {"settings": settings, "result": _jsonable(compute())}
-                _write(path, json.dumps(kept, indent=1, allow_nan=False))
-            result, text = kept["result"], show(kept["result"], self.folder)
+            result = self.kept(name, settings, compute)
+            text = show(result, self.folder)
         except (ValueError, OSError, ImportError) as error:
-            result, text = None, f"Not measured: {' '.join(str(error).split())}"
+            result, text = None, f"Not measured: {one_line(error)}"
             print(f"{title}: {text}")
         self._sections.append(f"## {title}\n\n{text.strip()}\n")
-        parts = [
-            f"# {self.title}\n",
-            *([self.introduction.strip() + "\n"] if self.introduction else []),
-            *self._sections,
-        ]
-        _write(self.folder / "README.md", "\n".join(parts))
+        head = [f"# {self.title}\n", *([self.introduction.strip() + "\n"] if self.introduction else [])]
+        _write(self.folder / "README.md", "\n".join([*head, *self._sections]))
         return result
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def fingerprint(given) -> int:
+    """Of texts, or of a model's weights (the first of each tensor): a folder that was trained again keeps its name."""
+    if hasattr(given, "parameters"):
+        parts = (parameter.detach().flatten()[:64].float().cpu().numpy().tobytes() for parameter in given.parameters())
+    else:
+        parts = (text.encode() for text in given)
+    found = 0
+    for part in parts:
+        found = zlib.crc32(part, found)
+    return found
 
 
 def likelihood_to_json(likelihood: Likelihood) -> dict:

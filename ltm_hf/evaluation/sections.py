@@ -1,0 +1,262 @@
+"""The sections of a report on one or several models: what is computed, under which settings, and how it is shown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..data import document_blocks, prefix_blocks
+from . import gsm8k as gsm8k_module
+from . import probing, probing_plots, representations, text
+from .likelihood import Likelihood, chosen, evaluate_documents, markdown_table
+from .report import Report, fingerprint, likelihood_from_json, likelihood_to_json, one_line
+from .thinking import plot_thinking, thinking_curve, thinking_table, write_thinking_csv
+from .zero_shot import ZERO_SHOT, load_zero_shot, plot_zero_shot, zero_shot_table
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to report on, by the name that it was loaded by."""
+
+    name: str
+    model: object
+    tokenizer: object
+
+    @classmethod
+    def load(cls, name: str, device: str | torch.device = "cpu") -> "Subject":
+        """Any causal LM. Raises OSError or ValueError as transformers does where there is none."""
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).to(device).eval()
+        return cls(name, model, AutoTokenizer.from_pretrained(name, trust_remote_code=True))
+
+    @property
+    def has_latents(self) -> bool:
+        return bool(getattr(self.model.config, "num_latents", 0))
+
+    @property
+    def key(self) -> dict:
+        return {"model": self.name, "weights": fingerprint(self.model)}
+
+
+def shared_block_size(subjects: Sequence[Subject], block_size: int | None = None) -> int:
+    """The longest block, of 1,024 tokens at most, that all models take. Raises ValueError for a longer one."""
+    longest = min(subject.model.config.max_position_embeddings for subject in subjects)
+    if block_size is not None and block_size > longest:
+        raise ValueError(f"block_size is {block_size}, but a model takes no more than {longest} tokens.")
+    return block_size or min(1024, longest)
+
+
+# ------------------------------------------------------------------ likelihood
+
+
+def likelihood_section(
+    report: Report, subjects: Sequence[Subject], texts: Sequence[str], source: str, block_size: int, **settings
+) -> dict[str, Likelihood]:
+    """Every figure of every model on the same documents. settings: of `evaluate_documents`. Returns them by model."""
+
+    def compute():
+        columns, notes = {}, []
+        for subject in subjects:
+            likelihood, missing = evaluate_documents(subject.model, subject.tokenizer, texts, block_size, **settings)
+            columns[subject.name] = likelihood_to_json(likelihood)
+            notes += [note for note in missing if note not in notes]
+        first = [subject.tokenizer(texts[0])["input_ids"] for subject in subjects]
+        return {"columns": columns, "notes": notes, "same_tokens": all(ids == first[0] for ids in first)}
+
+    def show(result, folder):
+        columns = {name: likelihood_from_json(values) for name, values in result["columns"].items()}
+        counts = next(iter(columns.values()))
+        tables = [markdown_table(columns, unit) for unit in ("nats a token", "perplexity", "bits per byte")]
+        about = (
+            f"{source}: {counts.num_documents} documents, {counts.num_blocks} blocks of at most {block_size} tokens, "
+            f"{counts.num_tokens:,} tokens; ± standard error over documents."
+        )
+        if not result["same_tokens"]:
+            about += " The models' tokenizers differ: compare bits per byte."
+        return "\n\n".join([about, *tables, *result["notes"]])
+
+    key = {"models": [subject.key for subject in subjects], "texts": fingerprint(texts), "block_size": block_size}
+    result = report.section("likelihood", "Likelihood", key | settings, compute, show)
+    return {name: likelihood_from_json(values) for name, values in result["columns"].items()} if result else {}
+
+
+def thinking_section(
+    report: Report, subjects: Sequence[Subject], texts: Sequence[str], block_size: int, num_blocks: int, **settings
+) -> None:
+    """Thinking curves of the models that have latents. settings: of `thinking_curve`."""
+
+    def compute():
+        return {
+            subject.name: thinking_curve(
+                subject.model,
+                chosen(document_blocks(texts, subject.tokenizer, block_size), num_blocks),
+                prefix_blocks=chosen(prefix_blocks(texts, subject.tokenizer, block_size), num_blocks),
+                **settings,
+            )
+            for subject in subjects
+            if subject.has_latents
+        }
+
+    def show(result, folder):
+        plot_thinking(result, folder / "thinking.png")
+        write_thinking_csv(result, folder / "thinking.csv")
+        return (
+            "![Loss against inference steps](thinking.png)\n\nSaved: the same blocks' loss without latents, less this. "
+            f"± standard error over documents; also in thinking.csv.\n\n{thinking_table(result)}"
+        )
+
+    if _check_latents(report, "thinking", "Thinking", subjects):
+        key = {"models": [subject.key for subject in subjects], "texts": fingerprint(texts), "block_size": block_size}
+        report.section("thinking", "Thinking", key | {"num_blocks": num_blocks} | settings, compute, show)
+
+
+def zero_shot_section(
+    report: Report,
+    subjects: Sequence[Subject],
+    folder: str | Path | None,
+    num_documents: int | None,
+    block_size: int,
+    **settings,
+) -> dict[str, Likelihood]:
+    """The paper's seven corpora, each kept as it is done. Returns the first model's figures by corpus."""
+    found, sources, refused = {}, {}, []
+    for name in ZERO_SHOT:
+
+        def compute(name=name):
+            texts, source = load_zero_shot(name, folder, num_documents, settings.get("seed", 0))
+            columns = {}
+            for subject in subjects:
+                likelihood, _ = evaluate_documents(subject.model, subject.tokenizer, texts, block_size, **settings)
+                columns[subject.name] = likelihood_to_json(likelihood)
+            return {"columns": columns, "source": source}
+
+        key = {"models": [subject.key for subject in subjects], "folder": folder, "num_documents": num_documents,
+               "block_size": block_size} | settings  # fmt: skip
+        try:
+            result = report.kept(f"zero_shot_{name.lower().replace(' ', '_')}", key, compute)
+        except (ValueError, OSError) as error:
+            refused.append(one_line(error))
+            continue
+        found[name] = {model: likelihood_from_json(values) for model, values in result["columns"].items()}
+        sources[name] = result["source"]
+
+    def compute_all():
+        if not found:
+            raise ValueError(" ".join(refused))
+        return {"refused": refused, "sources": sources}
+
+    def show(result, folder):
+        by_model = {s.name: {name: columns[s.name] for name, columns in found.items()} for s in subjects}
+        plot_zero_shot(by_model, folder / "zero_shot.png")
+        counts = [next(iter(columns.values())) for columns in found.values()]
+        documents = "; ".join(
+            f"{name}: {result['sources'][name]}, {likelihood.num_documents} documents in {likelihood.num_blocks} blocks"
+            for name, likelihood in zip(found, counts, strict=True)
+        )
+        missing = f"\n\nNot measured: {' '.join(result['refused'])}" if result["refused"] else ""
+        return f"{documents}.{missing}\n\n![Zero-shot perplexities](zero_shot.png)\n\n{zero_shot_table(by_model)}"
+
+    report.section("zero_shot", "Zero-shot", {"found": sources, "refused": refused}, compute_all, show)
+    return {name: columns[subjects[0].name] for name, columns in found.items()}
+
+
+# ------------------------------------------------------------------ text
+
+
+def text_section(report: Report, subject: Subject, texts: Sequence[str], **settings) -> None:
+    """What the model writes. settings: of `text_figures`; references are passages of the documents."""
+    length = settings["max_new_tokens"] + (settings.get("prompt_tokens") or 0) + 1
+
+    def compute():
+        passages = chosen(document_blocks(texts, subject.tokenizer, length), settings["n"])
+        references = [subject.tokenizer.decode(row["input_ids"][1:]) for row in passages]
+        return text.text_figures(subject.model, subject.tokenizer, references, **settings)
+
+    def show(result, folder):
+        return text.text_table(result) + "\n\n" + text.text_examples(result)
+
+    report.section("text", "Text", subject.key | {"texts": fingerprint(texts)} | settings, compute, show)
+
+
+def gsm8k_section(report: Report, subjects: Sequence[Subject], data: str, **settings) -> None:
+    """GSM8K. settings: of `evaluate_gsm8k`; each model's texts are kept problem by problem."""
+
+    def compute():
+        dataset = gsm8k_module.load_gsm8k(data)
+        return {
+            subject.name: gsm8k_module.evaluate_gsm8k(
+                subject.model, subject.tokenizer, dataset,
+                record=report.folder / f"gsm8k_{fingerprint(subject.model)}.jsonl", **settings,
+            )
+            for subject in subjects
+        }  # fmt: skip
+
+    key = {"models": [subject.key for subject in subjects], "data": data}
+    shown = {name: value for name, value in settings.items() if name != "batch_size"}
+    report.section("gsm8k", "GSM8K", key | shown, compute, lambda result, _: gsm8k_module.gsm8k_table(result))
+
+
+# ------------------------------------------------------------------ what the latents know
+
+
+def latents_sections(
+    report: Report, subject: Subject, texts: Sequence[str], block_size: int, num_blocks: int, **settings
+) -> None:
+    """Reconstruction layer by layer, interpolation, what each latent carries, and who reads it."""
+    if not _check_latents(report, "latents", "What the latents know", [subject]):
+        return
+    model, tokenizer = subject.model, subject.tokenizer
+    blocks = chosen(document_blocks(texts, tokenizer, block_size), num_blocks)
+    passages = [tokenizer.decode(row["input_ids"][1:]) for row in blocks]
+    pairs = list(zip(passages[::2], passages[1::2], strict=False))
+    studies = {
+        "progressive_inclusion": ("Rebuilding a text, layer by layer", (model, blocks)),
+        "reconstruction": ("Rebuilding a text", (model, tokenizer, blocks)),
+        "interpolation": ("Between two thoughts", (model, tokenizer, pairs)),
+        "latent_usage": ("What each latent carries", (model, blocks)),
+        "cross_attention": ("Which tokens read which latents", (model, tokenizer, blocks)),
+    }
+    key = subject.key | {"texts": fingerprint(texts), "block_size": block_size, "num_blocks": num_blocks} | settings
+    for name, (title, arguments) in studies.items():
+
+        def compute(name=name, arguments=arguments):
+            return getattr(probing, name)(*arguments, **settings)
+
+        def show(result, folder, name=name, title=title):
+            markdown = getattr(probing, f"{name}_markdown")(result)
+            plot = getattr(probing_plots, f"plot_{name}", None)
+            if plot is None:
+                return markdown
+            plot(result, folder / f"{name}.png")
+            return f"![{title}]({name}.png)\n\n{markdown}"
+
+        report.section(name, title, key, compute, show)
+
+
+def topic_section(report: Report, subject: Subject, name_or_file: str, **settings) -> None:
+    """Whether topics can be read from posterior means. settings: of `topic_probe`."""
+    if not _check_latents(report, "topic", "Topics", [subject]):
+        return
+
+    def compute():
+        labelled = representations.load_labelled_texts(name_or_file, seed=settings.get("seed", 0))
+        return representations.topic_probe(subject.model, subject.tokenizer, labelled, **settings)
+
+    key = subject.key | {"data": name_or_file} | settings
+    report.section("topic", "Topics", key, compute, lambda result, _: representations.topic_probe_markdown(result))
+
+
+# ------------------------------------------------------------------ shared
+
+
+def _check_latents(report, name, title, subjects) -> bool:
+    """Whether a model has latents; where none has, the section says so."""
+    if any(subject.has_latents for subject in subjects):
+        return True
+
+    def refuse():
+        raise ValueError("no model here has latents.")
+
+    report.section(name, title, {}, refuse, lambda result, folder: "")
+    return False
