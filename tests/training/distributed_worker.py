@@ -5,40 +5,22 @@ Every case trains a tiny model on the same rows in the same order; rank 0 writes
 
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from datasets import Dataset
 
-
-def on_cpu():
-    """accelerate chooses FSDP and DeepSpeed on accelerators only: let it take the CPU for one, with gloo."""
-    import accelerate.state
-    import transformers.training_args
-
-    def backend(self, *args, **kwargs):
-        return "gloo", accelerate.state.DistributedType.MULTI_GPU
-
-    def device(self):
-        self.device = torch.device("cpu")
-
-    accelerate.state.PartialState.set_device = device  # not cpu:0, where torch.load finds nothing
-    if MODE != "ddp":
-        accelerate.state.PartialState._prepare_backend = backend
-        transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-
+import ltm_hf.training.trainer
+from ltm_hf import LTMConfig, LTMForCausalLM, infer_posterior
+from ltm_hf.training import LTMTrainer, LTMTrainingArguments, sharding
 
 MODE, FOLDER = sys.argv[1], Path(sys.argv[2])
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-if MODE != "single":
-    on_cpu()
-
-from datasets import Dataset  # noqa: E402
-
-import ltm_hf.training.trainer  # noqa: E402
-from ltm_hf import LTMConfig, LTMForCausalLM, infer_posterior  # noqa: E402
-from ltm_hf.training import LTMTrainer, LTMTrainingArguments, sharding  # noqa: E402
+launching = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "examples" / "benchmarks" / "launch.py")))
+launching.shard_on_cpu(MODE)
 
 FIGURES = ("loss", "kl", "bound", "gain", "grad_norm")
 
@@ -265,30 +247,15 @@ def interrupted():
     return logs(trainer) | {"errors": trainer.errors, "same": everywhere(trainer.same)}
 
 
-class AllGathers(TorchDispatchMode):
-    """Counts calls, and elements that a process has after them."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "allgather" in str(function):
-            self.calls += 1
-            outputs = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-            self.elements += sum(output.numel() for output in outputs)
-        return function(*args, **kwargs or {})
-
-
 class CountsGathers(LTMTrainer):
     def _think(self, decoder, inputs):
-        with AllGathers() as counter:
+        with launching.AllGathers() as counter:
             thoughts = super()._think(decoder, inputs)
         vars(self).setdefault("fast", []).append((counter.calls, counter.elements))
         return thoughts
 
     def compute_loss(self, *args, **kwargs):
-        with AllGathers() as counter:
+        with launching.AllGathers() as counter:
             loss = super().compute_loss(*args, **kwargs)
         vars(self).setdefault("slow", []).append((counter.calls, counter.elements))
         return loss

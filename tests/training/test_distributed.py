@@ -4,11 +4,9 @@ Each mode is launched once and runs all cases of `distributed_worker.py`, with t
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from ltm_hf import LTMForCausalLM
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
-CONFIGS = HERE.parents[1] / "examples" / "configs"
+launching = SimpleNamespace(**runpy.run_path(str(HERE.parents[1] / "examples" / "benchmarks" / "launch.py")))
 MODES = ["ddp", "fsdp2", *(pytest.param(mode, marks=pytest.mark.deepspeed) for mode in ("zero2", "zero3"))]
 SHARDED = ["fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed)]
 
@@ -36,26 +34,7 @@ def run(folder):
     def launch(mode):
         if mode.startswith("zero"):
             pytest.importorskip("deepspeed")
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        command = {
-            "single": [],
-            "ddp": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port],
-        }.get(mode)
-        if command is None:
-            command = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{mode}.yaml")]
-            command += ["--num_processes", "2", "--main_process_port", port]
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # where DeepSpeed finds ninja
-        }
-        ran = subprocess.run(
-            [sys.executable, *command, HERE / "distributed_worker.py", mode, folder],
-            env=environment, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
+        ran = launching.launch(mode, 2, HERE / "distributed_worker.py", mode, folder, timeout=600)
         assert ran.returncode == 0, ran.stderr[-5000:]
         return json.loads((folder / f"{mode}.json").read_text())
 
