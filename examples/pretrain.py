@@ -126,7 +126,7 @@ def choose(blocks, count):
 def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
     """The trainer after training, and the likelihood before and after."""
     set_seed(args.seed)
-    model = LTMForCausalLM(config)
+    model = LTMForCausalLM(config).to(args.device)  # FSDP2 and DeepSpeed would leave it on the CPU until they train
     flops = training_flops(config).training_step
     print(f"{model.num_parameters():,} parameters, {flops / 1e6:.3g} MFLOPs a token to train")
     trainer = LTMTrainer(

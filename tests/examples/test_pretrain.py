@@ -1,11 +1,14 @@
 """The examples as a person runs them: train, look at what is printed and left behind, let it write elsewhere."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -87,6 +90,23 @@ def test_missing_file_is_named_before_any_work(tmp_path):
     result = run(EXAMPLES / "pretrain.py", "--files", "no-such.txt", "--output_dir", tmp_path, check=False)
     assert result.returncode != 0 and "There is no file 'no-such.txt'" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_figures_too_come_from_the_device(make_tester):
+    """Where the trainer leaves the model on the CPU until it trains, as it does where it is to be sharded."""
+
+    class Trainer:
+        def __init__(self, *args, **kwargs): ...
+
+        def train(self, **kwargs): ...
+
+    train, devices = runpy.run_path(str(EXAMPLES / "pretrain.py"))["train"], []
+    train.__globals__["LTMTrainer"] = Trainer
+    train.__globals__["evaluate_likelihood"] = lambda model, *args: devices.append(model.device)
+    device = torch.device("meta")
+    args = SimpleNamespace(device=device, seed=0, per_device_eval_batch_size=1, resume_from_checkpoint=None)
+    train(make_tester().get_config(), args, None, None, None, None)
+    assert devices == [device, device]
 
 
 SMALL = '{"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": %d}'
