@@ -63,9 +63,10 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
     Evaluation gives the same names on the whole set, and `eval_loss` is the bound. `eval_no_latents` is the exact loss
     of the plain decoder and, for rows that have a prompt, `eval_from_prompt` that of a predictor which reads the mean
     of q(z | prompt), as greedy generation does. Of the fast loop it gives `eval_elbo_trace`, the ELBO a token at each
-    step, each with its own noise, and after the last one where infer_from="labels" (only in `log_history`: trackers
-    take numbers); `eval_elbo_last_gain`, the last rise; `eval_gain_if_wider` and `eval_gain_if_narrower`, what the ELBO
-    would gain on the first batch if all variances were e times as large or as small.
+    step, each with its own noise, and after the last one where infer_from="labels" (trackers, which take numbers, get
+    steps 0, 1, 2, 4, … and the last as `eval_elbo_trace/STEP`); `eval_elbo_last_gain`, the last rise;
+    `eval_gain_if_wider` and `eval_gain_if_narrower`, what the ELBO would gain on the first batch if all variances were
+    e times as large or as small.
     What goes wrong by these figures is a warning, once for each cause (`monitor.diagnose`).
 
     Raises TypeError for arguments without the fields of `DualRateArguments`, ValueError for a model that is no LTM, for
@@ -291,11 +292,19 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
             logs.update(self._figures(logs["loss"]))
-        traces = {name: logs.pop(name) for name in list(logs) if name.endswith("elbo_trace")}  # trackers take numbers
+        traces = {name: logs.pop(name) for name in list(logs) if name.endswith("elbo_trace")}
+        points = {  # trackers take numbers
+            f"{name}/{step}": value
+            for name, trace in traces.items()
+            for step, value in enumerate(trace)
+            if step & (step - 1) == 0 or step == len(trace) - 1
+        }
+        logs.update(points)
         super().log(logs, start_time)
-        logs.update(traces)
-        if traces:
-            self.state.log_history[-1].update(traces)
+        for entry in (logs, self.state.log_history[-1]):
+            for name in points:
+                del entry[name]
+            entry.update(traces)
 
     def _figures(self, loss: float) -> dict[str, float]:
         seconds = time.perf_counter() - self._since[1]

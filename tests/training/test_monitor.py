@@ -60,6 +60,7 @@ def test_elbo_trace_against_the_definition(make_trainer, make_model):
     expected = (torch.cat([posterior.elbo_trace, final[None]]).sum(dim=1) / (5 * (BLOCK - 1))).tolist()
     assert metrics["eval_elbo_trace"] == pytest.approx(expected, rel=1e-5)
     assert trainer.state.log_history[-1]["eval_elbo_trace"] == metrics["eval_elbo_trace"]
+    assert not any("/" in name for name in metrics)  # which is for trackers
     assert metrics["eval_elbo_trace"][-1] == pytest.approx(-metrics["eval_loss"], rel=1e-6)
     assert metrics["eval_elbo_last_gain"] == pytest.approx(expected[-1] - expected[-2], abs=1e-4)
 
@@ -265,32 +266,54 @@ def test_only_transformers_own_bar_is_replaced(make_trainer):
     assert bars(make_trainer(callbacks=[Own()])) == [Own]
 
 
-FIGURES = ("loss", "kl", "bound", "gain", "tokens_per_second")
+FIGURES = ("loss", "kl", "bound", "gain", "mfu", "tokens_per_second")
 EVAL_FIGURES = ("loss", "kl", "gain", "no_latents", "elbo_last_gain", "gain_if_wider", "gain_if_narrower")
-WRITTEN = {f"train/{name}" for name in FIGURES} | {f"eval/{name}" for name in EVAL_FIGURES}
+TRACE = {f"eval/elbo_trace/{step}": step for step in (0, 1, 2, 4, 6)}
+WRITTEN = {f"train/{name}" for name in FIGURES} | {f"eval/{name}" for name in EVAL_FIGURES} | TRACE.keys()
 
 
-def test_tensorboard_gets_every_figure(make_trainer, tmp_path, caplog):
+@pytest.fixture
+def tracked(make_trainer, monkeypatch):
+    """Two steps and two evaluations, each with six steps of inference, written to a tracker."""
+
+    def run(tracker, **arguments):
+        monkeypatch.setattr("ltm_hf.training.trainer.peak_flops", lambda device: 1e12)
+        trainer = make_trainer(
+            report_to=tracker, eval_strategy="steps", eval_steps=1, num_inference_steps=6, **arguments
+        )
+        trainer.train()
+        evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert [len(entry["eval_elbo_trace"]) for entry in evaluations] == [7, 7]
+        assert not any("/" in name for entry in trainer.state.log_history for name in entry)
+        return evaluations
+
+    return run
+
+
+def test_tensorboard_gets_every_figure(tracked, tmp_path, caplog):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = make_trainer(report_to="tensorboard", eval_strategy="steps", eval_steps=1)
-    trainer.train()
+    evaluations = tracked("tensorboard")
     (folder,) = (tmp_path / "run" / "runs").iterdir()
     events = EventAccumulator(str(folder))
     events.Reload()
     assert WRITTEN <= set(events.Tags()["scalars"])
+    assert {name for name in events.Tags()["scalars"] if "trace" in name} == TRACE.keys()
     assert [event.step for event in events.Scalars("eval/elbo_last_gain")] == [1, 2]
+    for name, step in TRACE.items():
+        expected = [entry["eval_elbo_trace"][step] for entry in evaluations]
+        assert [event.value for event in events.Scalars(name)] == pytest.approx(expected)
     assert "incorrect" not in caplog.text  # what TensorBoard says of anything but numbers
 
 
-def test_trackio_gets_every_figure(make_trainer, tmp_path, monkeypatch):
+def test_trackio_gets_every_figure(tracked, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
-    trainer = make_trainer(report_to="trackio", eval_strategy="steps", eval_steps=1, project="ltm", run_name="one")
-    trainer.train()
+    evaluations = tracked("trackio", project="ltm", run_name="one")
     logs = storage.get_logs("ltm", "one")
     assert WRITTEN <= set().union(*logs)
-    assert [log["eval/elbo_last_gain"] for log in logs if "eval/loss" in log] == [
-        entry["eval_elbo_last_gain"] for entry in trainer.state.log_history if "eval_loss" in entry
-    ]
+    found = [log for log in logs if "eval/loss" in log]
+    assert [log["eval/elbo_last_gain"] for log in found] == [entry["eval_elbo_last_gain"] for entry in evaluations]
+    for name, step in TRACE.items():
+        assert [log[name] for log in found] == [entry["eval_elbo_trace"][step] for entry in evaluations]
