@@ -186,6 +186,7 @@ def main():
         twin_config = preset_config(preset, **overrides | {"num_latents": 0})
         twin_args = copy.copy(args)  # with checkpoints of its own
         twin_args.output_dir = os.path.join(args.output_dir, "twin")
+        twin_args.run_name = args.run_name and f"{args.run_name}-twin"  # trackers would make one run of both
         if os.path.isdir(args.resume_from_checkpoint or ""):  # the model's: the twin starts from its own
             twin_args.resume_from_checkpoint = "last"
         twin_args.push_to_hub = False

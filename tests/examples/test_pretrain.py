@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
     result = run(
         EXAMPLES / "pretrain.py", "--config_overrides", sizes, "--max_steps", 4, "--warmup_steps", 1,
         "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1, "--eval_blocks", 8,
-        "--baseline", "--use_cpu", "--output_dir", folder,
+        "--baseline", "--run_name", "mine", "--use_cpu", "--output_dir", folder,
     )  # fmt: skip
     return folder, result.stdout
 
@@ -59,10 +59,11 @@ def test_leaves_a_complete_folder(trained):
     assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
 
 
-def test_the_twin_has_checkpoints_of_its_own(trained):
-    for folder, has_latents in ((trained[0], True), (trained[0] / "twin", False)):
+def test_the_twin_has_checkpoints_and_a_name_of_its_own(trained):
+    for folder, name, has_latents in ((trained[0], "mine", True), (trained[0] / "twin", "mine-twin", False)):
         names = load_file(folder / "checkpoint-4" / "model.safetensors")
         assert any("cross_attn" in name for name in names) == has_latents
+        assert torch.load(folder / "checkpoint-4" / "training_args.bin", weights_only=False).run_name == name
 
 
 @pytest.mark.parametrize("arguments", [("--prompt", "The people", "--greedy"), ("--num_inference_steps", 4), ()])
