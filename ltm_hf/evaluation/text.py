@@ -331,7 +331,9 @@ def cell(figure: dict | None) -> str:
 def mean_figure(values: Sequence[float]) -> dict:
     """The mean of the values that are not NaN, as a figure."""
     known = torch.tensor([float(value) for value in values if not math.isnan(value)], dtype=torch.double)
-    return _figure(*mean_and_error(known), len(known)) if len(known) else _figure(math.nan, math.nan, 0)
+    if len(known) < 2:
+        return _figure(known.item() if len(known) else math.nan, math.nan, len(known))
+    return _figure(*mean_and_error(known), len(known))
 
 
 def _figure(value: float, error: float, n: int) -> dict:
