@@ -84,10 +84,10 @@ def token_accuracy(model, input_ids, variants: list[torch.Tensor], attention_mas
     first_tokens = input_ids[:, :1].repeat(len(variants), 1)
     rebuilt = greedy(model, first_tokens, torch.cat(variants), targets.shape[1]).chunk(len(variants))
     found = []
-    for latents, written in zip(variants, rebuilt, strict=True):
+    for latents, tokens in zip(variants, rebuilt, strict=True):
         logits = model(input_ids=input_ids, attention_mask=attention_mask, latents=latents, use_cache=False).logits
         predicted = logits[:, :-1].argmax(dim=-1)
-        found.append({"teacher_forced": share(predicted), "free_running": share(written), "written": written})
+        found.append({"teacher_forced": share(predicted), "free_running": share(tokens), "written": tokens})
     return found
 
 
@@ -151,7 +151,7 @@ def reconstruction(
     """A text rebuilt from its own latents, from another text's (the next block's), and from none.
 
     `figures`: for each of the three, both accuracies and `nll`, in nats a token at the posterior mean (not a bound:
-    the latents have seen the text and their KL is left out). `difference`: own latents' less the others', block by block.
+    the latents have seen the text and their KL is left out). `difference`: own latents' less the others', by block.
     Raises ValueError for fewer than two blocks.
     """
     result = settings_of(model, num_inference_steps, seed)
@@ -309,9 +309,9 @@ def interpolation_markdown(result: dict) -> str:
         verdicts += f" Of {len(result['weights'])} greedy texts, different: {distinct}."
     plain = ", ".join(f"{name} {written(result['no_latents'][key])}" for key, name in names.items())
     return (
-        f"{markdown_rows(rows)}\n\n{verdicts} All in nats a token at the mean of the posterior between, changes against "
-        f"no latents ({plain}); {_errors_over(result['num_pairs'], 'pair')}; {result['num_inference_steps']} inference "
-        f"steps.\n\n{markdown_rows(texts)}"
+        f"{markdown_rows(rows)}\n\n{verdicts} All in nats a token at the mean of the posterior between, changes "
+        f"against no latents ({plain}); {_errors_over(result['num_pairs'], 'pair')}; "
+        f"{result['num_inference_steps']} inference steps.\n\n{markdown_rows(texts)}"
     )
 
 
@@ -501,9 +501,9 @@ def cross_attention_markdown(result: dict) -> str:
     """A table of `cross_attention`: a row for each layer."""
     rows = [["layer", "entropy, nats", "latents add to the residual stream, % of its length"]]
     for index, (entropy, addition) in enumerate(zip(result["entropy"], result["addition"], strict=True)):
-        rows.append([str(index + 1), written(entropy), written(addition, 2, 100)])
+        rows.append([str(index + 1), written(entropy, 4), written(addition, 2, 100)])
     return (
-        f"{markdown_rows(rows)}\n\nLooking at all of a layer's latents alike has entropy {result['max_entropy']:.3f}. "
+        f"{markdown_rows(rows)}\n\nLooking at all of a layer's latents alike has entropy {result['max_entropy']:.4f}. "
         "Attention sums to 1 whatever the latents carry: the last column says how much comes of it. "
         f"{_over_blocks(result)}"
     )
