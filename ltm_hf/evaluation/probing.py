@@ -28,6 +28,7 @@ from ..posterior_ltm import (
 from .representations import (
     batches,
     beyond_noise,
+    check_blocks,
     evaluating,
     figure,
     infer_posteriors,
@@ -68,14 +69,11 @@ def include_layers(latents: torch.Tensor, num_layers: int) -> torch.Tensor:
 def token_accuracy(model, input_ids, variants: list[torch.Tensor], attention_mask=None) -> list[dict]:
     """For each of several latents (B, L, N, D): (B,) `teacher_forced` and `free_running` accuracies, and `written`.
 
-    `written`: the (B, S - 1) free-running tokens. Padding, on the right, is not counted. Raises ValueError for a row of
-    a single token, which has nothing to rebuild.
+    `written`: the (B, S - 1) free-running tokens. Padding, on the right, is not counted.
     """
     check_sequences(model, input_ids, attention_mask)
     targets = scored_tokens(input_ids, attention_mask)
     counted = targets != IGNORED
-    if not counted.any(dim=1).all():
-        raise ValueError("A row has a single token: there is nothing to rebuild after it.")
 
     def share(tokens):
         return (counted & (tokens == targets)).sum(dim=1) / counted.sum(dim=1)
@@ -105,6 +103,7 @@ def progressive_inclusion(
     Returns, for each accuracy, a list of figures over blocks, and `gain`, of the same blocks' gain over l = 0.
     """
     result = settings_of(model, num_inference_steps, seed)
+    check_blocks(blocks, least_tokens=2)
     posterior = infer_posteriors(model, blocks, batch_size, num_inference_steps, seed, progress)
     layers = range(model.config.num_hidden_layers + 1)
     found = {name: [[] for _ in layers] for name in ACCURACIES}
@@ -155,6 +154,7 @@ def reconstruction(
     Raises ValueError for fewer than two blocks.
     """
     result = settings_of(model, num_inference_steps, seed)
+    check_blocks(blocks, least_tokens=2)
     if len(blocks) < 2:
         raise ValueError("Reconstruction needs two blocks or more: each is also read with the latents of the next.")
     posterior = infer_posteriors(model, blocks, batch_size, num_inference_steps, seed, progress)
@@ -250,8 +250,7 @@ def interpolation(
     if not sides:
         raise ValueError("There is no pair of texts to go between.")
     for rows in sides:
-        if min(len(row["input_ids"]) for row in rows) < 2:
-            raise ValueError("A text has a single token: there is nothing to score after it.")
+        check_blocks(rows, least_tokens=2)
     first, second = (infer_posteriors(model, rows, batch_size, num_inference_steps, seed, progress) for rows in sides)
     between = [first.lerp(second, weight) for weight in weights]
     with evaluating(model):
@@ -366,6 +365,7 @@ def latent_usage(
     makes of it.
     """
     result = settings_of(model, num_inference_steps, seed)
+    check_blocks(blocks, least_tokens=2)
     posterior = infer_posteriors(model, blocks, batch_size, num_inference_steps, seed, progress)
     kl = kl_per_latent(posterior)
     active = active_units(posterior.mean, threshold)
@@ -473,6 +473,7 @@ def cross_attention(
     is that of looking at all latents alike. `addition`: by layer, as in `cross_attention_maps`, over blocks.
     """
     result = settings_of(model, num_inference_steps, seed)
+    check_blocks(blocks, least_tokens=2)
     posterior = infer_posteriors(model, blocks, batch_size, num_inference_steps, seed, progress)
     entropies, additions, shown = [], [], None
     with evaluating(model):

@@ -78,21 +78,23 @@ def settings_of(model, num_inference_steps: int | None, seed: int) -> dict:
     return {"num_inference_steps": settings.num_inference_steps, "seed": seed}
 
 
-def batches(blocks, batch_size: int, device, description: str | None = None) -> Iterator[tuple]:
-    """(rows, input_ids, attention_mask) of consecutive rows, a slice and two (B, S); padded on the right.
-
-    Raises ValueError if there is no block, one holds no token, or batch_size is below 1.
-    """
+def check_blocks(blocks, least_tokens: int = 1) -> None:
+    """Raise a ValueError if there is no block or one is shorter than `least_tokens`: 2 have one to score."""
     if not len(blocks):
         raise ValueError("There is no block to look at.")
+    lengths = [len(blocks[index]["input_ids"]) for index in range(len(blocks))]
+    if min(lengths) < least_tokens:
+        short = lengths.index(min(lengths))
+        raise ValueError(f"Row {short} has {lengths[short]} tokens; {least_tokens} or more are needed.")
+
+
+def batches(blocks, batch_size: int, device, description: str | None = None) -> Iterator[tuple]:
+    """(rows, input_ids, attention_mask) of consecutive rows, a slice and two (B, S); padded on the right."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
     for start in tqdm(range(0, len(blocks), batch_size), desc=description, disable=description is None, leave=False):
         rows = slice(start, min(start + batch_size, len(blocks)))
-        chosen = [blocks[index] for index in range(rows.start, rows.stop)]
-        if not all(len(block["input_ids"]) for block in chosen):
-            raise ValueError(f"A block among rows {rows.start} to {rows.stop - 1} holds no token.")
-        batch = collate_blocks(chosen)
+        batch = collate_blocks([blocks[index] for index in range(rows.start, rows.stop)])
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         yield rows, batch["input_ids"].to(device), mask.to(device)
 
@@ -110,6 +112,7 @@ def infer_posteriors(
     blocks: rows with `input_ids`, of any lengths. num_inference_steps: default the model's.
     """
     settings_of(model, num_inference_steps, seed)
+    check_blocks(blocks)
     found = []
     with evaluating(model):
         for _, input_ids, mask in batches(blocks, batch_size, model.device, "Inferring" if progress else None):
@@ -126,11 +129,9 @@ def tokenize(tokenizer, texts: Sequence[str], max_length: int) -> list[dict]:
     """
     if not len(texts):
         raise ValueError("There is no text to look at.")
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    empty = [index for index, ids in enumerate(encoded) if not ids]
-    if empty:
-        raise ValueError(f"Text {empty[0]} of {len(texts)} has no token.")
-    return [{"input_ids": ids} for ids in encoded]
+    rows = [{"input_ids": ids} for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]]
+    check_blocks(rows)
+    return rows
 
 
 # ------------------------------------------------------------------ texts to features
