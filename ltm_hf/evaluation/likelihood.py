@@ -90,16 +90,17 @@ def with_error(value: float, error: float, digits: int = 3) -> str:
 
 
 def markdown_table(columns: dict[str, Likelihood], unit: str = "nats a token") -> str:
-    """A Markdown table with a row for each figure, a column for each model, and what each figure is.
+    """A Markdown table with a row for each figure, a column for each model, and, for nats, what each figure is.
 
     unit: "nats a token", "perplexity" or "bits per byte"; parts of a bound are given in nats only.
     """
     names = _in_order({name: None for likelihood in columns.values() for name in likelihood.figures})
-    rows = [[unit, *columns, "what it is"]]
+    explained, digits = unit == "nats a token", 2 if unit == "perplexity" else 3
+    rows = [[unit, *columns, *(["what it is"] if explained else [])]]
     for name in names:
-        cells = [with_error(*_in_unit(likelihood, name, unit)) for likelihood in columns.values()]
+        cells = [with_error(*_in_unit(likelihood, name, unit), digits) for likelihood in columns.values()]
         if set(cells) != {"–"}:
-            rows.append([name, *cells, description(name)])
+            rows.append([name, *cells, *([description(name)] if explained else [])])
     return aligned(rows)
 
 

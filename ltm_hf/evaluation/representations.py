@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..configuration_ltm import InferenceSettings
 from ..data import collate_blocks
-from ..data.corpora import _file_type, _local_files
+from ..data.corpora import _local_files, file_type
 from ..posterior_ltm import LatentPosterior, check_sequences, infer_posterior
 from .likelihood import mean_and_error
 
@@ -309,10 +309,10 @@ def load_labelled_texts(
     if files is None:
         parts = [load_dataset(name_or_files, config_name, split=split) for split in (train_split, test_split)]
         source = f"{name_or_files}: rows of its {train_split} split to train, of its {test_split} split to test on"
-    elif _file_type(files[0]) == "text":
+    elif file_type(files[0]) == "text":
         raise ValueError(f"{files[0]!r} is text without labels; labelled texts are read from json and parquet files.")
     else:
-        parts = [load_dataset(_file_type(files[0]), data_files=files, split="train")]
+        parts = [load_dataset(file_type(files[0]), data_files=files, split="train")]
         names = ", ".join(Path(file).name for file in files)
         source = f"{names}: a single set of {len(parts[0])} rows, cut by seed {seed} into rows to train and to test on"
     columns = parts[0].column_names

@@ -18,7 +18,7 @@ from .zero_shot import ZERO_SHOT, load_zero_shot, plot_zero_shot, zero_shot_tabl
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to report on, by the name that it was loaded by."""
+    """A model to report on, by its name on the Hub or that of its folder."""
 
     name: str
     model: object
@@ -28,7 +28,8 @@ class Subject:
     def load(cls, name: str, device: str | torch.device = "cpu") -> "Subject":
         """Any causal LM. Raises OSError or ValueError as transformers does where there is none."""
         model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).to(device).eval()
-        return cls(name, model, AutoTokenizer.from_pretrained(name, trust_remote_code=True))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+        return cls(Path(name).resolve().name if Path(name).is_dir() else name, model, tokenizer)
 
     @property
     def has_latents(self) -> bool:

@@ -312,6 +312,17 @@ def text_table(result: dict) -> str:
     return "\n".join([markdown_rows(rows), "", " ".join(notes), *(f"Skipped: {reason}" for reason in reasons)])
 
 
+def text_examples(result: dict) -> str:
+    """Of what `text_figures` returns: its example texts as quotations, the prompt in italics."""
+    parts = []
+    for way, examples in result["examples"].items():
+        parts.append(f"{way[0].upper()}{way[1:]}:")
+        for example in examples:
+            prompt, text = (example[part].replace("\n", " ").strip() for part in ("prompt", "text"))
+            parts.append(f"> *{prompt}*{text}" if prompt else f"> {text}")
+    return "\n\n".join(parts)
+
+
 def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, aligned; the first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -28,7 +28,7 @@ def thinking_curve(
 
     A row holds `figure`, `num_inference_steps` and `num_latents`; `nats` a token with its `error`; `saved`, what the
     same tokens' loss without latents lies above it, block by block, with its `saved_error`; the `seconds` a block of
-    inference and scoring; and `gflops`, 10⁹ FLOPs a token of inference alone by the closed form of `flops`.
+    inference and scoring; and `mflops`, 10⁶ FLOPs a token of inference alone by the closed form of `flops`.
     """
     rows = []
     for figure, on in (("bound", blocks), ("prefix", prefix_blocks or blocks)):
@@ -49,7 +49,7 @@ def thinking_curve(
                 {
                     "figure": figure, "num_inference_steps": number, "num_latents": model.config.num_latents,
                     "nats": nats, "error": error, "saved": saved, "saved_error": saved_error,
-                    "seconds": seconds, "gflops": number * fast_step / 1e9,
+                    "seconds": seconds, "mflops": number * fast_step / 1e6,
                 }
             )  # fmt: skip
     return rows
@@ -57,12 +57,12 @@ def thinking_curve(
 
 def thinking_table(curves: dict[str, list[dict]]) -> str:
     """A Markdown table of curves by model's name."""
-    cells = [["model", "latents", "figure", "steps", "nats a token", "saved", "seconds a block", "GFLOPs a token"]]
+    cells = [["model", "latents", "figure", "steps", "nats a token", "saved", "seconds a block", "MFLOPs a token"]]
     for name, rows in curves.items():
         for row in rows:
             nats, saved = with_error(row["nats"], row["error"], 4), with_error(row["saved"], row["saved_error"], 4)
             numbers = (str(row["num_latents"]), row["figure"], str(row["num_inference_steps"]))
-            cells.append([name, *numbers, nats, saved, f"{row['seconds']:.3f}", f"{row['gflops']:.3g}"])
+            cells.append([name, *numbers, nats, saved, f"{row['seconds']:.3f}", f"{row['mflops']:.4g}"])
     return aligned(cells)
 
 
@@ -113,10 +113,10 @@ def plot_thinking(curves: dict[str, list[dict]], path: str | Path) -> None:
     top = saved.secondary_xaxis("top")
     top.set_xticks(
         [steps.index(number) for number in costs],
-        [f"{row['seconds']:.2g} s\n{row['gflops']:.2g} G" for row in costs.values()],
+        [f"{row['seconds']:.2g} s\n{row['mflops']:.3g} M" for row in costs.values()],
         fontsize=7,
     )
-    top.set_xlabel("seconds a block, GFLOPs a token" + ("" if len(curves) == 1 else f" ({lines[0][0]})"), fontsize=8)
+    top.set_xlabel("seconds a block, MFLOPs a token" + ("" if len(curves) == 1 else f" ({lines[0][0]})"), fontsize=8)
     for axes in rest:
         for kind in LABELS:
             ends = sorted((points[-1]["num_latents"], points[-1]["nats"], points[-1]["error"])
@@ -125,7 +125,8 @@ def plot_thinking(curves: dict[str, list[dict]], path: str | Path) -> None:
                 *zip(*ends, strict=True), fmt="o-" if kind == "bound" else "s--", capsize=3, label=LABELS[kind]
             )
         axes.set(xlabel="latents", ylabel="nats a token, ± standard error", title=f"After {steps[-1]} steps")
-    for axes in (level, saved, *rest):
+    level.margins(y=0.3)  # room for the legend
+    for axes, place in ((level, "upper center"), (saved, "best"), *((axes, "best") for axes in rest)):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc=place)
     figure.savefig(path, dpi=120)

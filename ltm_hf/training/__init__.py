@@ -1,7 +1,7 @@
 """Dual-rate learning under transformers' Trainer."""
 
 from .arguments import DualRateArguments, LTMTrainingArguments
-from .card import write_model_card
+from .card import add_to_model_index, write_model_card
 from .curves import plot_curves
 from .trainer import DualRateMixin, LTMTrainer
 
@@ -10,6 +10,7 @@ __all__ = [
     "DualRateMixin",
     "LTMTrainer",
     "LTMTrainingArguments",
+    "add_to_model_index",
     "plot_curves",
     "write_model_card",
 ]

@@ -60,11 +60,7 @@ def write_model_card(
     if isinstance(likelihood, Likelihood):
         likelihood = {dataset_name or "unknown data": likelihood}
     honest, released = _apart(likelihood or {})
-    results = [
-        EvalResult("text-generation", data, data, metric, value, task_name="Text generation", metric_name=description)
-        for data, figures in honest.items()
-        for metric, value, description in _metrics(figures)
-    ]
+    results = _results(honest)
     on_hub = _is_on_hub(dataset_name)
     base_model = base_model if _is_on_hub(base_model) else None
     metadata = ModelCardData(
@@ -107,7 +103,31 @@ def write_model_card(
     return card
 
 
+def add_to_model_index(folder: str | Path, likelihood: dict[str, Likelihood]) -> None:
+    """Put figures, by data set, into the metadata of the card in a folder, in place of what it had of these data sets.
+
+    Figures of the released protocol are left out. Raises FileNotFoundError if there is no card.
+    """
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model card in {str(folder)!r}.")
+    card = ModelCard.load(path)
+    honest, _ = _apart(likelihood)
+    kept = [result for result in card.data.eval_results or [] if result.dataset_name not in honest]
+    card.data.eval_results = [*kept, *_results(honest)]
+    card.data.model_name = card.data.model_name or Path(folder).resolve().name
+    card.save(path)
+
+
 # ---------------------------------------------------------------- figures
+
+
+def _results(honest: dict[str, Likelihood]) -> list[EvalResult]:
+    return [
+        EvalResult("text-generation", data, data, metric, value, task_name="Text generation", metric_name=description)
+        for data, figures in honest.items()
+        for metric, value, description in _metrics(figures)
+    ]
 
 
 def _apart(likelihoods: dict[str, Likelihood]) -> tuple[dict[str, Likelihood], dict[str, float]]:

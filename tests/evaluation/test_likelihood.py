@@ -259,5 +259,5 @@ def test_units():
     }
     stripped = {unit: [[cell.strip() for cell in row] for row in rows] for unit, rows in cells.items()}
     assert stripped["nats a token"] == [["bound", "2.996 ± 0.100"], ["kl", "0.500"]]
-    assert stripped["perplexity"] == [["bound", "20.000 ± 2.000"]]
+    assert stripped["perplexity"] == [["bound", "20.00 ± 2.00"]]
     assert stripped["bits per byte"] == [["bound", "1.500 ± 0.200"]]

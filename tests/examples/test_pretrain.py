@@ -75,13 +75,6 @@ def test_writes_in_a_process_without_the_package(trained, arguments, tmp_path, m
         assert result.stdout.startswith("The people")
 
 
-def test_thinking_curve(trained, tmp_path):
-    script, picture = EXAMPLES / "benchmarks" / "inference_steps.py", tmp_path / "thinking.png"
-    printed = run(script, trained[0], "--plot", picture, "--steps", 0, 2, "--blocks", 4, "--num_particles", 1).stdout
-    assert [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")] == ["T", "0", "2"]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
 def test_picture_of_the_architecture(tmp_path):
     run(EXAMPLES / "figures.py", tmp_path / "architecture.png")
     assert (tmp_path / "architecture.png").read_bytes().startswith(b"\x89PNG")
