@@ -191,6 +191,8 @@ def main():
             twin_args.resume_from_checkpoint = "last"
         twin_args.push_to_hub = False
         twin, _, columns["autoregressive twin"] = train(twin_config, twin_args, *data)
+        twin.save_model()
+        twin.create_model_card(likelihood=columns["autoregressive twin"])
         histories["autoregressive twin"] = twin.state.log_history
 
     completion = complete(trainer.model, tokenizer, data_args.prompt)  # on all processes, which may hold a part each

