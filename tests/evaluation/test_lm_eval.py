@@ -167,9 +167,13 @@ def test_what_generate_writes_is_greedy(model, evaluator, tokenizer):
     written = output[0, context.shape[1] :].tolist()
     assert len(written) == 3
     others = [[*written[:place], 100, *written[place + 1 :]] for place in range(3)]
+    with torch.no_grad():  # greedy but for its first token
+        begun = torch.cat([context, torch.tensor([[100]])], dim=1)
+        last = model(begun, latents=latents_of(model, context[0].tolist())).logits[0, -1].argmax().item()
+    others.append([100, last])
     requests = [(("the cat", "?"), context[0].tolist(), tokens) for tokens in (written, *others)]
     answers = evaluator()._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert [greedy for _, greedy in answers] == [True, False, False, False]
+    assert 100 not in written and [greedy for _, greedy in answers] == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -354,7 +358,10 @@ def test_stop_strings(evaluator):
 
 
 def test_a_sample_of_latents_is_the_same_in_any_batch(evaluator):
-    texts = [generated(evaluator(latents="sample", batch_size=size)) for size in (1, 4)]
+    texts = []
+    for size in (1, 4):
+        torch.manual_seed(size)  # is no matter
+        texts.append(generated(evaluator(latents="sample", batch_size=size)))
     assert texts[0] == texts[1] != generated(evaluator(latents="mean"))
     assert generated(evaluator(latents="sample", inference_seed=SEED + 1)) != texts[0]
     torch.manual_seed(0)
@@ -527,7 +534,6 @@ def test_the_harness_own_command_line(tmp_path, monkeypatch, model, tokenizer, e
         "--include_path": str(tmp_path),
         "--batch_size": "2",
         "--output_path": str(tmp_path / "results.json"),
-        "--device": "cpu",
     }
     monkeypatch.setattr(sys, "argv", ["lm_eval", *(word for pair in arguments.items() for word in pair)])
     runpy.run_module("ltm_hf.evaluation.lm_eval", run_name="__main__")
@@ -541,4 +547,4 @@ def test_the_harness_own_command_line(tmp_path, monkeypatch, model, tokenizer, e
     assert figures["ltm_writing"]["exact_match,none"] == pytest.approx(2 / 3)
     rolled = evaluator(rolling_stride=4).loglikelihood_rolling(ask(*[(question,) for question in questions]))
     expected = -sum(rolled) / sum(map(len, questions)) / math.log(2)
-    assert figures["ltm_rolling"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
+    assert figures["ltm_rolling"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-4)
