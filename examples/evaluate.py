@@ -107,7 +107,11 @@ def main():
         limits = {"num_blocks": options.blocks}
         figures |= zero_shot_section(report, subjects, local, options.documents, block_size, **limits, **scores)
     if "text" in options.only:
-        lengths = {"n": options.texts, "max_new_tokens": options.max_new_tokens, "prompt_tokens": 32}
+        lengths = {
+            "n": options.texts,
+            "max_new_tokens": options.max_new_tokens,
+            "prompt_tokens": min(32, block_size // 2),
+        }
         text_section(report, model, texts, judge=options.judge, **lengths, **thinks)
     if "latents" in options.only:
         latents_sections(report, model, texts, block_size, min(16, options.blocks), **thinks)
