@@ -73,10 +73,10 @@ def token_accuracy(model, input_ids, variants: list[torch.Tensor], attention_mas
     """
     check_sequences(model, input_ids, attention_mask)
     targets = scored_tokens(input_ids, attention_mask)
-    counted = targets != IGNORED
+    num_tokens = (targets != IGNORED).sum(dim=1)
 
-    def share(tokens):
-        return (counted & (tokens == targets)).sum(dim=1) / counted.sum(dim=1)
+    def share(tokens):  # what is not scored is no token's id
+        return (tokens == targets).sum(dim=1) / num_tokens
 
     # Together: a step of greedy search takes about as long for many rows as for few.
     first_tokens = input_ids[:, :1].repeat(len(variants), 1)

@@ -162,7 +162,9 @@ def mean_pooled_embeddings(model, tokenizer, texts: Sequence[str], max_length: i
     for row in rows:
         check_sequences(model, torch.tensor([row["input_ids"]]))
     embed = model.get_input_embeddings()
-    return torch.stack([embed(torch.tensor(row["input_ids"], device=model.device)).mean(0).cpu() for row in rows])
+    return torch.stack(
+        [embed(torch.tensor(row["input_ids"], device=model.device)).float().mean(0).cpu() for row in rows]
+    )
 
 
 def tf_idf(
