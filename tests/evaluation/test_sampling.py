@@ -164,6 +164,12 @@ def test_texts_end_at_end_of_text(model, gpt2, tokenizer):
         one.generation_config.suppress_tokens = list(range(1, len(tokenizer)))
         assert sample_texts(one, tokenizer, 3, 6, **QUIET) == [("", [], True)] * 3
         one.generation_config.suppress_tokens = None
+    letter = tokenizer.convert_tokens_to_ids("t")  # no special token, that decoding would leave out
+    model.generation_config.eos_token_id = [letter, tokenizer.eos_token_id]
+    model.generation_config.suppress_tokens = [i for i in range(len(tokenizer)) if i not in (letter, letter - 1)]
+    texts = sample_texts(model, tokenizer, 8, 3, **QUIET)
+    assert {len(text.tokens) for text in texts} >= {0, 3} and all("t" not in text.text for text in texts)
+    assert all(text.ended == (len(text.tokens) < 3) for text in texts)
 
 
 def test_texts_end_at_a_stop_string(model, tokenizer):
@@ -173,6 +179,9 @@ def test_texts_end_at_a_stop_string(model, tokenizer):
     stop = whole[0].text[3:5]
     stopped = [text for (text,) in complete_texts(model, tokenizer, PROMPTS, 12, stop_strings=[stop], **QUIET)]
     assert stopped[0].ended and stopped[0].text.endswith(stop) and len(stopped[0].tokens) < 12
+    assert stopped == [  # alone too, where nothing fills a row up after it has stopped
+        text for (text,) in complete_texts(model, tokenizer, PROMPTS, 12, stop_strings=[stop], batch_size=1, **QUIET)
+    ]
     for before, after in zip(whole, stopped, strict=True):
         assert after.ended == (stop in before.text) and before.text.startswith(after.text)
 
