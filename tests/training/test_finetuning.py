@@ -11,22 +11,12 @@ from datasets import Dataset
 from ltm_hf import LTMForCausalLM, infer_posterior
 from ltm_hf.data import prompt_inputs, set_chat_template, train_tokenizer
 from ltm_hf.posterior_ltm import negative_log_likelihood
-from ltm_hf.training import LTMTrainer, LTMTrainingArguments
+from ltm_hf.training import LTMTrainer
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("trl")
 
-DEFAULTS = dict(
-    max_steps=3,
-    per_device_train_batch_size=4,
-    learning_rate=5e-2,
-    warmup_steps=0,
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    use_cpu=True,
-    disable_tqdm=True,
-)
+SETTINGS = dict(max_steps=3, learning_rate=5e-2)
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +42,11 @@ def greedy(ids):
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"], ids=["q and v", "all-linear"])
-def test_an_adapter_is_trained_saved_loaded_and_merged(make_model, rows, ids, tmp_path, targets):
+def test_an_adapter_is_trained_saved_loaded_and_merged(make_model, make_arguments, rows, ids, tmp_path, targets):
     base = make_model()
     weights = {name: value.clone() for name, value in base.state_dict().items()}
     adapted = peft.get_peft_model(base, lora(targets))
-    trainer = LTMTrainer(adapted, LTMTrainingArguments(str(tmp_path), **DEFAULTS), train_dataset=rows)
+    trainer = LTMTrainer(adapted, make_arguments(**SETTINGS), train_dataset=rows)
     trainer.train()
     moved = {name: value.abs().sum().item() for name, value in adapted.named_parameters() if "lora_B" in name}
     assert all(moved.values())  # they start at zero
@@ -99,7 +89,7 @@ def test_adapters_are_frozen_in_the_fast_loop(make_model, ids):
 
 
 @pytest.mark.parametrize("gate", [0.1, None])
-def test_an_adapter_brings_the_cross_attention_of_a_new_decoder(rows, ids, tmp_path, gate):
+def test_an_adapter_brings_the_cross_attention_of_a_new_decoder(make_arguments, rows, ids, tmp_path, gate):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ltm_hf.training.sft import LATENT_MODULES
@@ -112,7 +102,7 @@ def test_an_adapter_brings_the_cross_attention_of_a_new_decoder(rows, ids, tmp_p
     upcycled.save_pretrained(tmp_path / "base")
     base = LTMForCausalLM.from_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(base, lora("all-linear", modules_to_save=LATENT_MODULES))
-    trainer = LTMTrainer(adapted, LTMTrainingArguments(str(tmp_path), **DEFAULTS), train_dataset=rows)
+    trainer = LTMTrainer(adapted, make_arguments(**SETTINGS), train_dataset=rows)
     trainer.train()
     trainer.save_model()
     posterior = adapted.eval().infer_posterior(ids)
@@ -128,10 +118,10 @@ def test_an_adapter_brings_the_cross_attention_of_a_new_decoder(rows, ids, tmp_p
     assert all(torch.linalg.matrix_rank(change) > 4 for name, change in moved.items() if "proj" in name)  # not low-rank
 
 
-def test_prompt_learning_is_refused(make_model, rows, tmp_path):
+def test_prompt_learning_is_refused(make_model, make_arguments, rows):
     tuned = peft.get_peft_model(make_model(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(ValueError, match="Prompt learning puts tokens before the text"):
-        LTMTrainer(tuned, LTMTrainingArguments(str(tmp_path), **DEFAULTS), train_dataset=rows)
+        LTMTrainer(tuned, make_arguments(**SETTINGS), train_dataset=rows)
 
 
 # ---------------------------------------------------------------- supervised fine-tuning
@@ -145,15 +135,15 @@ def tokenizer():
 
 
 @pytest.fixture
-def make_trainer(make_model, tokenizer, tmp_path):
+def make_trainer(make_model, make_arguments, tokenizer):
     from ltm_hf.training.sft import LTMSFTConfig, LTMSFTTrainer
 
     def make(rows=None, peft_config=None, **arguments):
         model = make_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=0)
-        settings = dict(max_length=64, bf16=False, output_dir=str(tmp_path))
+        settings = SETTINGS | dict(max_length=64, bf16=False)
         return LTMSFTTrainer(
             model,
-            LTMSFTConfig(**DEFAULTS | settings | arguments),
+            make_arguments(LTMSFTConfig, **settings | arguments),
             train_dataset=Dataset.from_list(rows or QUESTIONS),
             eval_dataset=Dataset.from_list((rows or QUESTIONS)[:5]),
             processing_class=tokenizer,

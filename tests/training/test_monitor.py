@@ -12,31 +12,19 @@ from transformers.trainer_callback import ProgressCallback
 from ltm_hf import elbo, infer_posterior
 from ltm_hf.flops import training_flops
 from ltm_hf.posterior_ltm import LatentPosterior
-from ltm_hf.training import LTMTrainer, LTMTrainingArguments, monitor
+from ltm_hf.training import LTMTrainer, monitor
 from ltm_hf.training.monitor import ProgressBar, diagnose, fit_figures, trace_sums, variance_sums
 
 BLOCK = 12
 
 
 @pytest.fixture
-def make_trainer(tmp_path, make_model, make_ids):
+def make_trainer(make_arguments, make_model, make_ids):
     def make(model=None, callbacks=None, **arguments):
-        defaults = dict(
-            output_dir=str(tmp_path / "run"),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            warmup_steps=0,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
         train, test = (Dataset.from_dict({"input_ids": make_ids(16, BLOCK, seed).tolist()}) for seed in (0, 1))
         return LTMTrainer(
             model or make_model(),
-            LTMTrainingArguments(**defaults | arguments),
+            make_arguments(**dict(folder="run", learning_rate=1e-3) | arguments),
             train_dataset=train,
             eval_dataset=test.select(range(5)),
             callbacks=callbacks,

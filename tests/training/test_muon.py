@@ -4,30 +4,19 @@ import pytest
 import torch
 from datasets import Dataset
 
-from ltm_hf.training import LTMTrainer, LTMTrainingArguments
+from ltm_hf.training import LTMTrainer
 from ltm_hf.training.card import _recipe
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon")
 
 
 @pytest.fixture
-def make_trainer(tmp_path, make_model, make_ids):
+def make_trainer(make_arguments, make_model, make_ids):
     def make(model=None, folder="run", **arguments):
-        defaults = dict(
-            output_dir=str(tmp_path / folder),
-            slow_optimizer="muon",
-            max_steps=4,
-            per_device_train_batch_size=4,
-            learning_rate=1e-3,
-            warmup_steps=0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        defaults = dict(slow_optimizer="muon", max_steps=4, learning_rate=1e-3)
         blocks = Dataset.from_dict({"input_ids": make_ids(16).tolist()})
-        return LTMTrainer(model or make_model(), LTMTrainingArguments(**defaults | arguments), train_dataset=blocks)
+        args = make_arguments(folder=folder, **defaults | arguments)
+        return LTMTrainer(model or make_model(), args, train_dataset=blocks)
 
     return make
 

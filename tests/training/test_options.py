@@ -24,23 +24,11 @@ def make_rows(count, seed=0):
 
 
 @pytest.fixture
-def make_trainer(tmp_path, make_model):
+def make_trainer(make_arguments, make_model):
     def make(trainer_class=LTMTrainer, model=None, callbacks=None, rows=None, folder="run", **arguments):
-        defaults = dict(
-            output_dir=str(tmp_path / folder),
-            max_steps=2,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            warmup_steps=0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
         return trainer_class(
             model or make_model(),
-            LTMTrainingArguments(**defaults | arguments),
+            make_arguments(folder=folder, **arguments),
             train_dataset=make_rows(16) if rows is None else rows,
             eval_dataset=make_rows(5, seed=1),
             callbacks=callbacks,

