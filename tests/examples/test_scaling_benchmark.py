@@ -3,8 +3,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ltm_hf import LTMForCausalLM, preset_config
 
@@ -66,6 +68,21 @@ def test_benchmark(run, tmp_path):
     table = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 3
     assert f" {auto['tokens_per_second']:,.0f} | 8 | {auto['gathered_bytes'] / 2**20:.1f} | 1." in table[3]
+
+
+def test_warm_up_is_left_out_and_ways_take_turns(scaling, monkeypatch):
+    """Step n takes n milliseconds, and a second passes between steps."""
+    watch, seen, clock = scaling.Stopwatch(("auto", "never"), warmup=2), [], [0]
+    args, state = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace()
+    monkeypatch.setattr(watch, "_now", lambda args: clock[0])
+    for state.global_step in range(2 * (2 + 3)):
+        watch.on_step_begin(args, state, None)
+        seen.append(args.gather_during_inference)
+        clock[0] += state.global_step
+        watch.on_step_end(args, state, None)
+        clock[0] += 1000
+    assert seen == 5 * ["auto", "never"]
+    assert watch.milliseconds == {"auto": [4, 6, 8], "never": [5, 7, 9]}
 
 
 def test_without_deepspeed_its_modes_are_left_out(scaling, run, monkeypatch):
