@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 SELF_ATTENTIONS = ("mistral", "qwen2", "qwen3")
+_STEP_SIZES = {"variational": 0.5, "langevin": 0.1, "amortized": 0.5}  # where none is given
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class InferenceSettings:
     Raises ValueError, naming the setting, for a value that cannot work.
     """
 
+    inference_method: str
     num_inference_steps: int
     inference_optimizer: str
     inference_learning_rate: float
@@ -27,6 +29,7 @@ class InferenceSettings:
     inference_tolerance: float | None
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "inference_method": tuple(_STEP_SIZES),
         "inference_optimizer": ("natural", "adamw"),
         "inference_lr_schedule": ("constant", "cosine", "inverse"),
         "inference_precision": ("stein", "unit"),
@@ -35,9 +38,16 @@ class InferenceSettings:
 
     @classmethod
     def of(cls, config, **overrides) -> "InferenceSettings":
-        """The settings of `config` (anything with these attributes), with the overrides that are not None."""
+        """The settings of `config` (anything with these attributes), with the overrides that are not None.
+
+        A config's step size is of a fit or of a chain: a call that asks for the other takes that method's default.
+        """
         settings = {field.name: getattr(config, field.name) for field in fields(cls)}
-        return cls(**settings | {name: value for name, value in overrides.items() if value is not None})
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        method = overrides.get("inference_method")
+        if method in _STEP_SIZES and (method == "langevin") != (config.inference_method == "langevin"):
+            settings["inference_learning_rate"] = _STEP_SIZES[method]
+        return cls(**settings | overrides)
 
     def __post_init__(self):
         steps = self.num_inference_steps
@@ -80,9 +90,14 @@ class LTMConfig(PreTrainedConfig):
             `None` is the paper's layer, which has no gate.
 
     Inference (paper Algorithm 1, fast loop). Defaults of `infer_posterior` and `generate`; each call can override them:
-        num_inference_steps: gradient steps on the ELBO (T_fast); 0 leaves the posterior at its start.
+        inference_method: "variational" (the paper's), or one of its ablations (section 5). "langevin" makes of z a
+            sample by Langevin dynamics from the prior: a point, which has no finite bound. "amortized" builds an
+            encoder into the model, trained with the decoder as a VAE: no steps, and no other setting matters.
+        num_inference_steps: gradient steps on the ELBO (T_fast), or of the chain; 0 leaves the posterior at its start.
+        inference_learning_rate: step size: ρ for "natural", η_fast for "adamw", both 0.5 by default; s for "langevin",
+            0.1, which stays the same. A chain has forgotten its start when s·T is well above 1.
+      Of "variational" alone:
         inference_optimizer: "natural" (natural gradient from the prior) or "adamw" (the paper).
-        inference_learning_rate: step size: ρ for "natural", η_fast for "adamw".
         inference_lr_schedule: "constant"; "cosine" (to a tenth); "inverse" (ρ / (1 + ρ t)).
         inference_weight_decay: of "adamw" on mean and log-variance.
         inference_precision: "stein" updates the precision of "natural" by the Stein estimate; "unit" holds it at 1.
@@ -143,9 +158,10 @@ class LTMConfig(PreTrainedConfig):
     latent_position_stride: int | None = None
     cross_attention_gate_init: float | int | None = 0.1
 
+    inference_method: str = "variational"
     num_inference_steps: int = 2
     inference_optimizer: str = "natural"
-    inference_learning_rate: float | int = 0.5
+    inference_learning_rate: float | int | None = None
     inference_lr_schedule: str = "inverse"
     inference_weight_decay: float | int = 0.01
     inference_precision: str = "stein"
@@ -191,6 +207,8 @@ class LTMConfig(PreTrainedConfig):
             )
         if self.num_latents and self.latent_position_stride is None:
             self.latent_position_stride = max(1, self.max_position_embeddings // self.num_latents)
+        if self.inference_learning_rate is None:
+            self.inference_learning_rate = _STEP_SIZES.get(self.inference_method, 0.5)
         InferenceSettings.of(self)  # raises where a setting cannot work
         # Rules for modules that this model lacks would be warned of at each parallel load.
         lacking = [] if self.num_latents else [".cross_attn."]

@@ -55,7 +55,7 @@ class LTMGenerationMixin(GenerationMixin):
         num_latent_samples: thoughts for each prompt, sampled from its posterior; each writes `num_return_sequences`
             texts. Rows of the result are grouped by prompt, then by thought.
         inference_callback: called after each inference step, as `infer_posterior`'s `callback`.
-        num_inference_steps, inference_optimizer, inference_learning_rate, …: as in `LTMConfig`, for this call. As
+        inference_method, num_inference_steps, inference_learning_rate, …: as in `LTMConfig`, for this call. As
             everything that `GenerationConfig` holds, they can be set there and are saved with it.
         reinfer_every: infer again after every so many tokens, from all the text so far, and write on with its latents
             as if that text were the prompt (greedy search and sampling only). Default: think once.

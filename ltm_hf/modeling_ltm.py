@@ -13,7 +13,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -122,13 +126,13 @@ class LTMGate(nn.Module):
 
 
 class LTMDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: LTMConfig, layer_idx: int):
+    def __init__(self, config: LTMConfig, layer_idx: int, reads_latents: bool = True):
         super().__init__()
         self.self_attn = _SELF_ATTENTIONS[config.self_attention](config, layer_idx)
         self.mlp = MistralMLP(config)
         self.input_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        if config.num_latents:
+        if config.num_latents and reads_latents:
             self.cross_attn = LTMCrossAttention(config)
             self.cross_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             if config.cross_attention_gate_init is None:
@@ -204,10 +208,14 @@ class LTMPreTrainedModel(PreTrainedModel):
             # the projection: in code that is not its own, transformers passes over modules that only hold others.
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
+        elif getattr(module, "starts_at_zero", False):
+            init.zeros_(module.weight)
 
 
 class LTMModel(LTMPreTrainedModel):
     """The decoder without its vocabulary projection."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^encoder\."]
 
     def __init__(self, config: LTMConfig):
         super().__init__(config)
@@ -346,6 +354,45 @@ def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, 
         )
 
 
+class LTMEncoder(nn.Module):
+    """q(z|x) in one pass, as a VAE has it (`inference_method="amortized"`): an ablation, as deep as the decoder.
+
+    A learned query for each latent, at the latent's rotary position, follows the tokens through layers of the decoder's
+    kind without causal mask or window. A head turns each into mean and log-variance; it starts at zero, the prior.
+    """
+
+    def __init__(self, config: LTMConfig):
+        super().__init__()
+        self.config = config
+        self.queries = nn.Embedding(config.num_latents, config.hidden_size)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(LTMDecoderLayer(config, index, reads_latents=False) for index in layers)
+        for layer in self.layers:
+            layer.self_attn.is_causal = False
+        self.norm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
+        self.head.starts_at_zero = True  # for `_init_weights`
+        self.rotary_emb = MistralRotaryEmbedding(config=config)
+
+    def forward(self, inputs_embeds: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token embeddings (B, S, D), of which those in mask (B, S) are read, to mean and log-variance (B, L, N, D)."""
+        config, batch_size = self.config, len(inputs_embeds)
+        latents = torch.arange(config.num_latents, device=inputs_embeds.device)
+        queries = self.queries(latents).to(inputs_embeds).expand(batch_size, -1, -1)
+        states = torch.cat((inputs_embeds, queries), dim=1)
+        text_positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        latent_positions = latents % config.latents_per_layer * config.latent_position_stride
+        positions = torch.cat((text_positions, latent_positions.expand(batch_size, -1)), dim=1)
+        mask = torch.cat((mask, mask.new_ones(batch_size, config.num_latents)), dim=1)
+        mask = create_bidirectional_mask(config=config, inputs_embeds=states, attention_mask=mask)
+        position_embeddings = self.rotary_emb(states, position_ids=positions)
+        for layer in self.layers:
+            states = layer(states, None, None, attention_mask=mask, position_embeddings=position_embeddings)
+        moments = self.head(self.norm(states[:, -config.num_latents :])).float()
+        mean, log_variance = moments.view(batch_size, *config.latent_shape[:2], -1).chunk(2, dim=-1)
+        return mean, log_variance
+
+
 class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
     """A causal language model that takes one more input, `latents`, and can infer it from tokens."""
 
@@ -365,6 +412,8 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         self.model = LTMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.num_latents and config.inference_method == "amortized":
+            self.encoder = LTMEncoder(config)
         self.post_init()
         self._set_inference_defaults()
 

@@ -96,9 +96,11 @@ def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tenso
 class LatentPosterior:
     """q(z|x) = N(mean, diag exp(log_variance)) of a batch of sequences.
 
-    mean, log_variance: (B, L, N, D), float32.
+    mean, log_variance: (B, L, N, D), float32. A log-variance of -inf makes a point of it, as Langevin dynamics do: all
+        samples are the mean, and the KL is infinite.
     elbo_trace: (T, B), the ELBO in nats at each inference step, with the noise of that step, or None. For "fixed"
-        noise this is the objective of the fit and not a bound; score with `elbo`, whose noise no fit has seen.
+        noise this is the objective of the fit and not a bound; score with `elbo`, whose noise no fit has seen. Of
+        Langevin dynamics it is log p(x, z), less the prior's constant.
     keys: (B,) int64, what identifies the sequences to the noise; None numbers the rows.
     num_non_finite: sequences whose objective turned non-finite, and which kept their best finite posterior.
     """
@@ -128,9 +130,14 @@ class LatentPosterior:
         return LatentPosterior(self.mean[rows], self.log_variance[rows], trace, self.keys[rows])
 
     def lerp(self, other: "LatentPosterior", weight: float) -> "LatentPosterior":
-        """Between two thoughts: means and log-variances on the line from this one (0) to the other (1)."""
+        """Between two thoughts: means and log-variances on the line from this one (0) to the other (1).
+
+        Where one of them is a point, so is what lies between.
+        """
+        log_variance = self.log_variance.lerp(other.log_variance, weight)
+        point = self.log_variance.isneginf() | other.log_variance.isneginf()  # on a line from -inf there is NaN
         return LatentPosterior(
-            self.mean.lerp(other.mean, weight), self.log_variance.lerp(other.log_variance, weight), keys=self.keys
+            self.mean.lerp(other.mean, weight), log_variance.masked_fill(point, -torch.inf), keys=self.keys
         )
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -323,6 +330,19 @@ class NaturalInference:
         self.mean = self.mean - step_size * (self.mean + gradient) / precision
 
 
+class LangevinInference:
+    """Unadjusted Langevin dynamics: z ← z - s (z + g) + √(2s) ε, whose law tends to p(z|x) as s → 0 and s·T → ∞.
+
+    It holds no Gaussian but the point where the chain is: mean = z, log_variance = -inf. Then ε moves the chain alone.
+    """
+
+    def __init__(self, mean: torch.Tensor, log_variance: torch.Tensor, settings: InferenceSettings):
+        self.mean, self.log_variance = mean, log_variance
+
+    def update(self, gradient, epsilon, step_size):
+        self.mean = self.mean - step_size * (self.mean + gradient) + math.sqrt(2 * step_size) * epsilon
+
+
 INFERENCE_OPTIMIZERS: dict[str, Callable[..., InferenceOptimizer]] = {
     "adamw": AdamWInference,
     "natural": NaturalInference,
@@ -332,6 +352,8 @@ INFERENCE_OPTIMIZERS: dict[str, Callable[..., InferenceOptimizer]] = {
 def step_size(settings: InferenceSettings, step: int) -> float:
     """The step size at step 0 … T - 1: constant, cosine to a tenth over T steps, or ρ / (1 + ρ·step)."""
     rate = settings.inference_learning_rate
+    if settings.inference_method == "langevin":
+        return rate
     if settings.inference_lr_schedule == "cosine":
         return rate * (0.1 + 0.45 * (1 + math.cos(math.pi * step / settings.num_inference_steps)))
     if settings.inference_lr_schedule == "inverse":
@@ -391,8 +413,9 @@ def _differentiable(model) -> Callable:
 class _BestFinite:
     """What each row falls back on: its posterior with the best finite ELBO so far, the prior before there is one."""
 
-    def __init__(self, mean: torch.Tensor):
+    def __init__(self, mean: torch.Tensor, log_variance: torch.Tensor):
         self.mean, self.log_variance = torch.zeros_like(mean), torch.zeros_like(mean)
+        self.is_point = log_variance.isneginf()  # from the start; later it is a failure
         self.elbo = torch.full_like(mean[:, 0, 0, 0], -torch.inf)
         self.alive = torch.ones_like(self.elbo, dtype=torch.bool)
 
@@ -407,7 +430,8 @@ class _BestFinite:
 
     def replace(self, mean, log_variance) -> tuple[torch.Tensor, torch.Tensor]:
         """The final posterior, with the rows that are not finite replaced."""
-        self.alive = self.alive & (mean + log_variance.exp() + log_variance).flatten(start_dim=1).isfinite().all(dim=1)
+        spread = log_variance.masked_fill(self.is_point, 0.0)
+        self.alive = self.alive & (mean + spread.exp() + spread).flatten(start_dim=1).isfinite().all(dim=1)
         keep = _rows(self.alive)
         return torch.where(keep, mean, self.mean), torch.where(keep, log_variance, self.log_variance)
 
@@ -453,13 +477,25 @@ def _rows(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _start(model, settings, keys, seed, initial_posterior) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of where the loop starts: the caller's posterior, the paper's start for "adamw", else the prior."""
+    """Copies of where the loop starts: the caller's posterior, the paper's start for "adamw", else the prior.
+
+    A chain starts at a sample of the caller's posterior or of the prior.
+    """
     config, shape = model.config, (len(keys), *model.config.latent_shape)
+    if initial_posterior is not None and initial_posterior.mean.shape != shape:
+        raise ValueError(
+            f"initial_posterior must have the shape {shape} (batch, layers, latents a layer, hidden), "
+            f"got {tuple(initial_posterior.mean.shape)}."
+        )
+    if settings.inference_method == "langevin":
+        state = keyed_normal(keys, config.latent_shape, seed, _START, 0)
+        if initial_posterior is not None:
+            state = initial_posterior.reparameterize(state).detach().float()
+        return state, torch.full_like(state, -torch.inf)
     if initial_posterior is not None:
-        if initial_posterior.mean.shape != shape:
+        if initial_posterior.log_variance.isneginf().any():
             raise ValueError(
-                f"initial_posterior must have the shape {shape} (batch, layers, latents a layer, hidden), "
-                f"got {tuple(initial_posterior.mean.shape)}."
+                "initial_posterior is a point (log_variance of -inf): no Gaussian can be fitted from there."
             )
         return tuple(x.detach().clone().float() for x in (initial_posterior.mean, initial_posterior.log_variance))
     if settings.inference_optimizer == "adamw":
@@ -469,6 +505,36 @@ def _start(model, settings, keys, seed, initial_posterior) -> tuple[torch.Tensor
             config.initial_log_variance + config.initial_log_variance_std * log_variance,
         )
     return torch.zeros(shape, device=keys.device), torch.zeros(shape, device=keys.device)
+
+
+def amortized_posterior(
+    model,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+) -> LatentPosterior:
+    """q(z|x) as the model's encoder gives it, differentiable: what training by `inference_method="amortized"` needs.
+
+    input_ids, attention_mask, labels: (B, S). The encoder reads as far as the last token that is scored, which is as
+    far as a fit could. A sequence with no token to score gets the prior.
+    Raises ValueError for a model without an encoder, and for bad input.
+    """
+    encoder = getattr(model, "encoder", None)
+    if encoder is None:
+        raise ValueError(
+            "inference_method='amortized' needs a model with an encoder, built with that inference_method in its "
+            "configuration."
+        )
+    check_sequences(model, input_ids, attention_mask, labels)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    scored = scored_tokens(input_ids, attention_mask, labels) != IGNORED  # (B, S - 1)
+    scored_later = scored.flip(1).cumsum(dim=1).flip(1) > 0  # than, or at, a position from 1 on
+    mean, log_variance = encoder(
+        model.get_input_embeddings()(input_ids), mask.bool() & F.pad(scored_later, (1, 0), value=True)
+    )
+    nothing_to_explain = _rows(~scored.any(dim=1))
+    mean, log_variance = (x.masked_fill(nothing_to_explain, 0.0) for x in (mean, log_variance))
+    return LatentPosterior(mean, log_variance, mean.new_zeros((0, len(mean))), sequence_keys(input_ids, mask))
 
 
 def infer_posterior(
@@ -483,6 +549,7 @@ def infer_posterior(
     inference_weight_decay: float | None = None,
     inference_precision: str | None = None,
     inference_tolerance: float | None = None,
+    inference_method: str | None = None,
     noise: str | None = None,
     seed: int | None = None,
     initial_posterior: LatentPosterior | None = None,
@@ -490,6 +557,9 @@ def infer_posterior(
     callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> LatentPosterior:
     """Fit q(z|x) to each sequence by T gradient steps on its ELBO (paper Algorithm 1, fast loop).
+
+    Or, by `inference_method`: "langevin" runs a chain of T steps and returns the point where it ends; "amortized"
+    asks the model's encoder, without any step.
 
     input_ids, attention_mask, labels: (B, S); padding and labels of -100 are not explained. Default: all of input_ids.
     num_inference_steps … noise: default to the model's configuration, where they are described.
@@ -515,9 +585,13 @@ def infer_posterior(
         inference_precision=inference_precision,
         inference_noise=noise,
         inference_tolerance=inference_tolerance,
+        inference_method=inference_method,
     )
     check_sequences(model, input_ids, attention_mask, labels)
-    steps, seed = settings.num_inference_steps, seed or 0
+    amortized, langevin = (settings.inference_method == name for name in ("amortized", "langevin"))
+    if amortized and initial_posterior is not None:
+        raise ValueError("initial_posterior is where inference starts, and inference_method='amortized' takes no step.")
+    steps, seed = 0 if amortized else settings.num_inference_steps, seed or 0
     shape = (len(input_ids), *model.config.latent_shape)
     if epsilon is not None and epsilon.shape not in (shape, (steps, *shape)):
         raise ValueError(f"epsilon must have the shape {shape} or {(steps, *shape)}, got {tuple(epsilon.shape)}.")
@@ -532,16 +606,20 @@ def infer_posterior(
         keys = sequence_keys(input_ids, mask)
         num_tokens = (scored_tokens(input_ids, attention_mask, labels) != IGNORED).sum(dim=1)
         nothing_to_explain = num_tokens == 0
+        if amortized:
+            with torch.no_grad():
+                initial_posterior = amortized_posterior(model, input_ids, attention_mask, labels)
         mean, log_variance = _start(model, settings, keys, seed, initial_posterior)
         decoder = _differentiable(model)
-        optimizer = INFERENCE_OPTIMIZERS[settings.inference_optimizer](mean, log_variance, settings)
-        best = _BestFinite(mean)
+        make_optimizer = LangevinInference if langevin else INFERENCE_OPTIMIZERS[settings.inference_optimizer]
+        optimizer = make_optimizer(mean, log_variance, settings)
+        best = _BestFinite(mean, log_variance)
         tolerance = settings.inference_tolerance
-        early_stop = None if tolerance is None else _EarlyStop(tolerance, num_tokens)
+        early_stop = None if tolerance is None or langevin else _EarlyStop(tolerance, num_tokens)
         trace = []
         for step in range(0 if _on_all_processes(model, nothing_to_explain.all()) else steps):
             if epsilon is None:
-                draw = step if settings.inference_noise == "fresh" else 0
+                draw = step if settings.inference_noise == "fresh" or langevin else 0
                 noise_now = keyed_normal(keys, shape[1:], seed, _FIT, draw)
             else:
                 noise_now = epsilon[step] if epsilon.ndim == 5 else epsilon
@@ -550,7 +628,8 @@ def infer_posterior(
             nll = negative_log_likelihood(decoder, input_ids, latents, attention_mask, labels)
             (gradient,) = torch.autograd.grad(nll.sum(), latents)
             with torch.no_grad():
-                trace.append(-(nll + now.kl_divergence()))
+                prior_term = now.mean.square().flatten(start_dim=1).sum(dim=1) / 2 if langevin else now.kl_divergence()
+                trace.append(-(nll + prior_term))
                 gradient = best.observe(now.mean, now.log_variance, trace[-1], gradient)
                 if callback is not None:
                     callback(step, latents.detach(), trace[-1])
@@ -574,4 +653,4 @@ def infer_posterior(
     return LatentPosterior(mean, log_variance, elbo_trace, keys, num_non_finite)
 
 
-__all__ = ["ELBO", "LatentPosterior", "elbo", "infer_posterior", "sample_prior"]
+__all__ = ["ELBO", "LatentPosterior", "amortized_posterior", "elbo", "infer_posterior", "sample_prior"]
