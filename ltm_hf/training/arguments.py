@@ -65,6 +65,14 @@ class DualRateArguments:
         },
     )
 
+    kl_annealing_steps: int = field(
+        default=0,
+        metadata={
+            "help": "With inference_method='amortized', optimiser steps over which the weight of the KL in the loss "
+            "rises linearly from 0 to 1; 0: it is 1 throughout."
+        },
+    )
+
     slow_optimizer: str = field(
         default="adamw",
         metadata={
@@ -89,6 +97,8 @@ class DualRateArguments:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         if self.num_inference_steps is not None and self.num_inference_steps < 0:
             raise ValueError(f"num_inference_steps must be 0 or more, got {self.num_inference_steps}.")
+        if self.kl_annealing_steps < 0:
+            raise ValueError(f"kl_annealing_steps must be 0 or more, got {self.kl_annealing_steps}.")
         for name in ("inference_learning_rate", "inference_learning_rate_end", "muon_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < math.inf:

@@ -10,7 +10,15 @@ from transformers import Trainer, TrainerCallback
 
 from ..data import collate_blocks
 from ..flops import training_flops
-from ..posterior_ltm import IGNORED, elbo, frozen, infer_posterior, negative_log_likelihood, scored_tokens
+from ..posterior_ltm import (
+    IGNORED,
+    amortized_posterior,
+    elbo,
+    frozen,
+    infer_posterior,
+    negative_log_likelihood,
+    scored_tokens,
+)
 from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
 from .divergence import DivergenceMixin
@@ -51,6 +59,10 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
     `class MyArguments(DualRateArguments, SomeArguments)`. The other trainer's loss sees one more input, `latents`.
     Labels of -100 are not scored, in training and evaluation; `infer_from` says what the latents are fitted to.
     A model with `num_latents=0` trains as any causal LM, so that the baseline of a comparison needs nothing else.
+    By `inference_method="amortized"` there is no fast loop: the encoder learns with the decoder, at samples of what it
+    gives, from loss + weight·kl (`kl_annealing_steps`), and both are logged without the weight. By "langevin" the
+    decoder learns at the end of a chain: a point, so that kl, bound and what derives from them are not logged, and
+    `eval_loss` is the loss given it, which bounds nothing.
     The model may be wrapped by PEFT: adapters are frozen in the fast loop like all else, and learn in the slow step.
 
     Beside the trainer's own, it logs, in nats a scored token over the steps since the last log:
@@ -70,7 +82,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
     What goes wrong by these figures is a warning, once for each cause (`monitor.diagnose`).
 
     Raises TypeError for arguments without the fields of `DualRateArguments`, ValueError for a model that is no LTM, for
-    prompt learning of PEFT, and for rows that hold several texts (`position_ids`).
+    prompt learning of PEFT, for rows that hold several texts (`position_ids`), and for an encoder whose weights would
+    be sharded.
     """
 
     def __init__(self, model=None, args=None, *others, **kwargs):
@@ -91,6 +104,15 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 "Prompt learning puts tokens before the text that inference does not know: use LoRA, or another "
                 "PEFT method that changes weights."
             )
+        if config.num_latents and config.inference_method == "amortized":
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "inference_method='amortized' trains its encoder outside the forward pass that FSDP and DeepSpeed "
+                    "know: use one process or DDP."
+                )
+        elif config.num_latents and self.args.kl_annealing_steps:
+            raise ValueError("kl_annealing_steps is for inference_method='amortized'.")
+        self._encoder_kl = None  # of this batch, with gradient, in nats
         self._sums = defaultdict(float)  # since the last log, on this process
         self._eval_sums = defaultdict(float)  # of all processes
         self._fit_sums = defaultdict(float)  # of the fast loop in evaluation, on this process
@@ -129,8 +151,29 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         for number, latents in enumerate(thoughts, start=1):
             with nullcontext() if number == len(thoughts) else accumulating(self.accelerator, model):
                 loss += super().training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
-        self._last_batch = {**inputs, "latents": thoughts[-1]}
+        self._encoder_kl = None
+        self._last_batch = {**inputs, "latents": None if thoughts[-1] is None else thoughts[-1].detach()}
         return loss if num_items_in_batch is not None else loss / len(thoughts)
+
+    def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
+        """The loss given latents. In an amortised step its gradient, and not its value, has the weighted KL as well."""
+        loss = super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+        if self._encoder_kl is None:
+            return loss
+        tokens = num_items_in_batch
+        if tokens is None:
+            tokens = self._num_scored(inputs).sum()
+        elif self.args.average_tokens_across_devices:  # of all processes, whose gradients will be averaged
+            tokens = tokens / self.accelerator.num_processes
+        cost = self._kl_weight * self._encoder_kl / tokens
+        return loss + (cost - cost.detach())
+
+    @property
+    def _kl_weight(self) -> float:
+        if not self._pays_kl:
+            return 0.0
+        steps = self.args.kl_annealing_steps
+        return min(1.0, self.state.global_step / steps) if steps else 1.0
 
     def _think(self, decoder, inputs) -> list[torch.Tensor | None]:
         """The latents that the decoder learns from, one (B, L, N, D) tensor for each forward pass of the slow step."""
@@ -148,17 +191,22 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         seed = self._seed(self.state.global_step + 1)
         trajectory = []  # the samples that the decoder learns from beside the last
         keep = self.args.slow_gradient == "trajectory"
-        with gathered(decoder, self.args.gather_during_inference, keep=True):
-            posterior = infer_posterior(
-                decoder,
-                **self._evidence(inputs),
-                num_inference_steps=self.args.num_inference_steps,
-                inference_learning_rate=self._inference_learning_rate(decoder.config),
-                seed=seed,
-                callback=(lambda step, latents, elbo: trajectory.append(latents)) if keep else None,
-            )
+        if decoder.config.inference_method == "amortized":
+            posterior = amortized_posterior(decoder, **self._evidence(inputs))
+            self._encoder_kl = posterior.kl_divergence().sum()
+        else:
+            with gathered(decoder, self.args.gather_during_inference, keep=True):
+                posterior = infer_posterior(
+                    decoder,
+                    **self._evidence(inputs),
+                    num_inference_steps=self.args.num_inference_steps,
+                    inference_learning_rate=self._inference_learning_rate(decoder.config),
+                    seed=seed,
+                    callback=(lambda step, latents, elbo: trajectory.append(latents)) if keep else None,
+                )
         self._sums["inference_seconds"] += time.perf_counter() - start
-        self._sums["kl"] += posterior.kl_divergence().sum().item()
+        if self._has_kl:
+            self._sums["kl"] += posterior.kl_divergence().sum().item()
         self._sums["non_finite_rows"] += posterior.num_non_finite
         self._count_flops(self._evidence(inputs)["input_ids"], fast_steps=len(posterior.elbo_trace))
         final = posterior.sample(seed)
@@ -176,7 +224,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         if start is None:
             start = config.inference_learning_rate
         if end is None:
-            end = start * 0.34 / 0.30 if config.inference_optimizer == "adamw" else start
+            adamw = config.inference_method == "variational" and config.inference_optimizer == "adamw"
+            end = start * 0.34 / 0.30 if adamw else start
         return start + (end - start) * min(1.0, self.state.global_step / max(1, self.state.max_steps - 1))
 
     def _seed(self, visit: int) -> int:
@@ -211,12 +260,19 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
 
     @property
     def _num_inference_steps(self) -> int:
+        if self.model.config.inference_method == "amortized":
+            return 0
         steps = self.args.num_inference_steps
         return self.model.config.num_inference_steps if steps is None else steps
 
     @property
+    def _has_kl(self) -> bool:
+        """Whether what latents cost can be told: not of a point, which is where a chain ends."""
+        return not self.model.config.num_latents or self.model.config.inference_method != "langevin"
+
+    @property
     def _pays_kl(self) -> bool:
-        return self.args.infer_from != "prompt"
+        return self._has_kl and self.args.infer_from != "prompt"
 
     def _num_scored(self, inputs) -> torch.Tensor:
         """(B,)"""
@@ -249,16 +305,18 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 evidence = self._evidence(inputs)
                 posterior = infer_posterior(decoder, **evidence, **fit)
                 estimate = elbo(decoder, posterior=posterior, **sequences, seed=self._seed(0))
-                rows |= {"nll": estimate.nll, "kl": estimate.kl}
-                final = estimate.elbo if self.args.infer_from == "labels" else None  # of what the steps saw
-                fit_sums = trace_sums(posterior, evidence, self._num_inference_steps, final)
-                fit_sums["non_finite_rows"] = posterior.num_non_finite
-                if not self._eval_sums:  # the first batch will do
-                    fit_sums |= variance_sums(decoder, posterior, evidence, self._seed(0))
+                rows["nll"] = estimate.nll
+                fit_sums = {"non_finite_rows": posterior.num_non_finite}
+                if self._has_kl:
+                    rows["kl"] = estimate.kl
+                    final = estimate.elbo if self.args.infer_from == "labels" else None  # of what the steps saw
+                    fit_sums |= trace_sums(posterior, evidence, self._num_inference_steps, final)
+                    if not self._eval_sums:  # the first batch will do
+                        fit_sums |= variance_sums(decoder, posterior, evidence, self._seed(0))
                 for name, total in fit_sums.items():
                     self._fit_sums[name] += total
                 if self._any_prompt(inputs):
-                    if self._pays_kl:
+                    if self.args.infer_from != "prompt":
                         posterior = infer_posterior(decoder, **prompts(**sequences), **fit)
                     have = self._have_prompts(inputs)
                     from_prompt = negative_log_likelihood(decoder, latents=posterior.mean, **sequences)
@@ -277,9 +335,13 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         sums, fit_sums = self._eval_sums, self._reduced(self._fit_sums)
         nll, kl, plain = (sums[name] / max(1, sums["tokens"]) for name in ("nll", "kl", "plain"))
         bound = nll + kl * self._pays_kl
-        figures = {"loss": bound, "perplexity_bound": _exp(bound)}
+        figures = {"loss": bound}
+        if self._has_kl:
+            figures["perplexity_bound"] = _exp(bound)
         if self.model.config.num_latents:
-            figures |= {"nll": nll, "kl": kl, "no_latents": plain, "gain": plain - nll, **fit_figures(fit_sums)}
+            figures |= {"nll": nll, "no_latents": plain, "gain": plain - nll}
+            if self._has_kl:
+                figures |= {"kl": kl, **fit_figures(fit_sums)}
             if fit_sums["non_finite_rows"]:
                 figures["non_finite_rows"] = fit_sums["non_finite_rows"]
             if sums["prompt_tokens"]:
@@ -313,13 +375,15 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         kl = sums["kl"] / max(1, sums["tokens"])
         bound = loss + kl * self._pays_kl
         if self.model.config.num_latents:
-            figures |= {"kl": kl, "bound": bound, "gain": self._gain()}
+            figures |= {"kl": kl, "bound": bound} if self._has_kl else {}
+            figures["gain"] = self._gain()
             figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
             if sums["non_finite_rows"]:
                 figures["non_finite_rows"] = sums["non_finite_rows"]
         if self._peak_flops:
             figures["mfu"] = sums["flops"] / seconds / (self._peak_flops * self.args.world_size)
-        figures["perplexity_bound"] = _exp(bound)
+        if self._has_kl:
+            figures["perplexity_bound"] = _exp(bound)
         self._sums.clear()
         return figures
 
