@@ -27,21 +27,32 @@ def count_parameters(config: LTMConfig) -> int:
     hidden, queries, keys = widths(config)
     attention = 2 * hidden * queries + 2 * hidden * keys
     extra = {"mistral": 0, "qwen2": queries + 2 * keys, "qwen3": 2 * config.head_dim}[config.self_attention]
-    layer = attention + extra + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
+    layer = plain_layer = attention + extra + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
     if config.num_latents:
         layer += attention + hidden  # its norm
         layer += 0 if config.cross_attention_gate_init is None else hidden
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
-    return embeddings + config.num_hidden_layers * layer + hidden
+    encoder = 0
+    if _has_encoder(config):
+        encoder = config.num_hidden_layers * plain_layer + config.num_latents * hidden  # its queries
+        encoder += hidden + 2 * hidden**2  # its norm and head
+    return embeddings + config.num_hidden_layers * layer + hidden + encoder
+
+
+def _has_encoder(config: LTMConfig) -> bool:
+    return bool(config.num_latents) and config.inference_method == "amortized"
 
 
 def paper_training_flops(config: LTMConfig, sequence_length: int | None = None) -> int:
     """The paper's training FLOPs per token (its column trFLOPs/token): (T + 1)·(6·P + 12·L·D·S/2).
 
     T = config.num_inference_steps. Without latents there is no fast loop, and the paper counts 6·P alone.
-    sequence_length: S, default `max_position_embeddings`. Raises ValueError if it is not an integer of 1 or more.
+    sequence_length: S, default `max_position_embeddings`. Raises ValueError if it is not an integer of 1 or more, and
+    for a model with an encoder, which the paper does not account for.
     """
     parameters, tokens = count_parameters(config), checked_length(config, sequence_length)
+    if _has_encoder(config):
+        raise ValueError("The paper gives no account of an encoder (inference_method='amortized'): use training_flops.")
     if not config.num_latents:
         return 6 * parameters
     attention = 6 * config.num_hidden_layers * config.hidden_size * tokens
@@ -53,8 +64,9 @@ class TrainingFlops:
     """FLOPs per token: matrix products and attention; norms, softmax, optimisers and rotary tables are left out.
 
     forward: logits of all positions, from tokens and latents.
-    fast_step: a forward and the gradient of the latents, no weight gradient; 0 without latents.
-    slow_step: a forward and the gradient of all weights, at latents that need none.
+    fast_step: a forward and the gradient of the latents, no weight gradient; 0 without latents, and with an encoder.
+    slow_step: a forward and the gradient of all weights, at latents that need none; with an encoder, all of its work
+        and the latents' gradient.
     num_inference_steps: fast steps of a training step.
     """
 
@@ -106,11 +118,17 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
     # Layer 0 reads no latents before its cross-attention: what comes before, and the queries, are constant.
     latents_backward -= projections + 2 * scores + cross_query + cross_scores // 2
     fast_step = forward + latents_backward if config.num_latents else 0
+    slow_step = forward + weights_backward
+    if _has_encoder(config):
+        fast_step, read = 0, tokens + config.num_latents  # tokens and queries, each of which attends to all
+        encoder = layers * (read * (projections + mlp) // tokens + 4 * queries * read**2)
+        encoder += config.num_latents * 4 * hidden**2  # the head
+        slow_step += layers * latent_projections + 3 * encoder
     return TrainingFlops(
         forward=forward / tokens,
         fast_step=fast_step / tokens,
-        slow_step=(forward + weights_backward) / tokens,
-        num_inference_steps=config.num_inference_steps if config.num_latents else 0,
+        slow_step=slow_step / tokens,
+        num_inference_steps=config.num_inference_steps if fast_step else 0,
     )
 
 
