@@ -177,9 +177,14 @@ def _architecture(config) -> dict[str, str]:
 
 
 def _inference(config) -> dict[str, object]:
-    """The settings that the configuration's optimiser reads and that are set."""
+    """The settings that the configuration's method and optimiser read and that are set."""
     settings = asdict(InferenceSettings.of(config))
-    settings.pop("inference_precision" if config.inference_optimizer == "adamw" else "inference_weight_decay")
+    if config.inference_method == "variational":
+        settings.pop("inference_method")
+        settings.pop("inference_precision" if config.inference_optimizer == "adamw" else "inference_weight_decay")
+    else:
+        chain = ("num_inference_steps", "inference_learning_rate") if config.inference_method == "langevin" else ()
+        settings = {name: settings[name] for name in ("inference_method", *chain)}
     return {f"`{name}`": value for name, value in settings.items() if value is not None}
 
 
@@ -205,7 +210,12 @@ def _recipe(config, arguments) -> dict[str, str]:
         start, end = arguments.inference_learning_rate, arguments.inference_learning_rate_end
         start = config.inference_learning_rate if start is None else start
         if end is None:  # as LTMTrainer does
-            end = start * 0.34 / 0.30 if config.inference_optimizer == "adamw" else start
+            adamw = config.inference_method == "variational" and config.inference_optimizer == "adamw"
+            end = start * 0.34 / 0.30 if adamw else start
+        if config.inference_method == "amortized":
+            annealing = arguments.kl_annealing_steps
+            facts["weight of the KL"] = f"0 to 1 over {annealing} steps, linear" if annealing else "1"
+            return facts
         facts["inference steps (fast)"] = str(_training_inference_steps(config, arguments))
         facts["inference step size"] = f"{start:g}" if end == start else f"{start:g} to {end:g}, linear over training"
         facts["slow gradient"] = arguments.slow_gradient

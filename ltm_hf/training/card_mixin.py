@@ -101,6 +101,8 @@ class ModelCardMixin:
         keys = {"from_prompt": "from_prompt", "no_latents": "no_latents"}
         if not self.model.config.num_latents:
             keys = {"no_latents": "loss"}
+        elif self.model.config.inference_method == "langevin":
+            keys |= {"nll": "nll"}  # which bounds nothing
         elif self.args.infer_from != "prompt":
             keys |= {"bound": "loss", "nll": "nll", "kl": "kl"}
         data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
