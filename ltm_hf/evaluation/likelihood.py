@@ -165,6 +165,7 @@ def evaluate_likelihood(
     seed: int = 0,
     progress: bool = True,
     figures: Collection[str] = DEFAULT,
+    **inference,
 ) -> Likelihood:
     """Figures of `DESCRIPTIONS` on blocks of tokens; for a model without latents, or any causal LM, its exact losses.
 
@@ -173,11 +174,12 @@ def evaluate_likelihood(
         the prefix of each block is its own; else it is the first half.
     num_inference_steps: default the model's. num_particles: samples of z that the bound is averaged over.
     figures: names, with the number of samples where there is one: "iw-64".
+    inference: other settings of `infer_posterior`, such as inference_method. By "langevin", bounds are infinite.
 
     Raises ValueError if there is no block, or for an unknown figure.
     """
     return score_blocks(
-        model, blocks, batch_size, num_inference_steps, num_particles, seed, progress, figures
+        model, blocks, batch_size, num_inference_steps, num_particles, seed, progress, figures, **inference
     ).likelihood()
 
 
@@ -191,6 +193,7 @@ def score_blocks(
     seed: int = 0,
     progress: bool = True,
     figures: Collection[str] = DEFAULT,
+    **inference,
 ) -> "BlockScores":
     """What `evaluate_likelihood` pools, to be compared block by block; its arguments."""
     if not len(blocks):
@@ -207,7 +210,7 @@ def score_blocks(
     scores = {name: torch.zeros(len(rows), dtype=torch.float64) for name in figures}
     for start in tqdm(range(0, len(rows), batch_size), desc="Evaluating", disable=not progress, leave=False):
         indices = order[start : start + batch_size]
-        settings = {"num_inference_steps": num_inference_steps, "seed": seed}
+        settings = {"num_inference_steps": num_inference_steps, "seed": seed, **inference}
         batch = _Batch(model, [rows[index] for index in indices], settings, num_particles)
         for name in figures:
             scores[name][indices] = batch.score(name).double().cpu()
