@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import prompt_inputs
+from .figures import cell, figure, markdown_rows
 from .sampling import MULTINOMIAL, Decoding, complete_texts, context_length
-from .text import cell, markdown_rows, mean_figure
 
 NEXT_QUESTION = "\nQuestion:"  # where a few-shot answer ends
 
@@ -266,11 +266,11 @@ def _figures(lines: list[dict], samples: int) -> dict[str, dict]:
         answered.append(sum(given is not None for given in extracted) / samples)
     ks = sorted({1, samples})
     return {
-        **{f"pass@{k}": mean_figure([pass_at_k(samples, count, k) for count in right]) for k in ks},
-        "answered": mean_figure(answered),
-        **{f"substring_pass@{k}": mean_figure([pass_at_k(samples, count, k) for count in matched]) for k in ks},
-        "shots": mean_figure([line["shots"] for line in lines]),
-        "too_long": mean_figure([not line["texts"] for line in lines]),
+        **{f"pass@{k}": figure([pass_at_k(samples, count, k) for count in right]) for k in ks},
+        "answered": figure(answered),
+        **{f"substring_pass@{k}": figure([pass_at_k(samples, count, k) for count in matched]) for k in ks},
+        "shots": figure([line["shots"] for line in lines]),
+        "too_long": figure([not line["texts"] for line in lines]),
     }
 
 

@@ -26,6 +26,7 @@ from ..posterior_ltm import (
     negative_log_likelihood,
     sequence_keys,
 )
+from .figures import evaluating, markdown_rows, mean_and_error, ratio_and_error, with_error
 
 DESCRIPTIONS = {
     "bound": "bound with fresh noise: NLL + KL at a sample that the fit has not seen; what an LTM may claim",
@@ -82,13 +83,6 @@ def _in_order(figures: dict) -> dict:
     return dict(sorted(figures.items(), key=lambda item: names.index(item[0].split("-")[0])))
 
 
-def with_error(value: float, error: float, digits: int = 3) -> str:
-    """`value ± error`, without an error that is not known; a dash where there is no value."""
-    if math.isnan(value):
-        return "–"
-    return f"{value:,.{digits}f}" + ("" if math.isnan(error) else f" ± {error:,.{digits}f}")
-
-
 def markdown_table(columns: dict[str, Likelihood], unit: str = "nats a token") -> str:
     """A Markdown table with a row for each figure, a column for each model, and, for nats, what each figure is.
 
@@ -101,7 +95,7 @@ def markdown_table(columns: dict[str, Likelihood], unit: str = "nats a token") -
         cells = [with_error(*_in_unit(likelihood, name, unit), digits) for likelihood in columns.values()]
         if set(cells) != {"–"}:
             rows.append([name, *cells, *([description(name)] if explained else [])])
-    return aligned(rows)
+    return markdown_rows(rows)
 
 
 def _in_unit(likelihood: Likelihood, name: str, unit: str) -> tuple[float, float]:
@@ -114,16 +108,6 @@ def _in_unit(likelihood: Likelihood, name: str, unit: str) -> tuple[float, float
         return unknown
     perplexity = likelihood.perplexity(name)
     return perplexity, perplexity * likelihood.figures[name][1]  # of a smooth function, to first order
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells, the first of them the heading, as a Markdown table whose columns are of one width."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------ estimates
@@ -183,7 +167,6 @@ def evaluate_likelihood(
     ).likelihood()
 
 
-@torch.no_grad()
 def score_blocks(
     model,
     blocks,
@@ -205,16 +188,15 @@ def score_blocks(
         figures = [name for name in EXACT if name in figures]
     rows = [blocks[index] for index in range(len(blocks))]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # little padding
-    was_training = model.training
-    model.eval()
     scores = {name: torch.zeros(len(rows), dtype=torch.float64) for name in figures}
-    for start in tqdm(range(0, len(rows), batch_size), desc="Evaluating", disable=not progress, leave=False):
-        indices = order[start : start + batch_size]
-        settings = {"num_inference_steps": num_inference_steps, "seed": seed, **inference}
-        batch = _Batch(model, [rows[index] for index in indices], settings, num_particles)
-        for name in figures:
-            scores[name][indices] = batch.score(name).double().cpu()
-    model.train(was_training)
+    settings = {"num_inference_steps": num_inference_steps, "seed": seed, **inference}
+    starts = tqdm(range(0, len(rows), batch_size), desc="Evaluating", disable=not progress, leave=False)
+    with evaluating(model):
+        for start in starts:
+            indices = order[start : start + batch_size]
+            batch = _Batch(model, [rows[index] for index in indices], settings, num_particles)
+            for name in figures:
+                scores[name][indices] = batch.score(name).double().cpu()
     return BlockScores(rows, scores)
 
 
@@ -391,27 +373,3 @@ class _Batch:
         noise = keyed_normal(self.keys, self.model.config.latent_shape, self.settings["seed"])
         fitted = infer_posterior(self.model, self.input_ids, self.mask, epsilon=noise, **self.settings)
         return -elbo(self.model, self.input_ids, fitted, self.mask, epsilon=noise).elbo
-
-
-# ------------------------------------------------------------------ means and their errors
-
-
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """The mean and its standard error, NaN for a single value."""
-    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else values.new_tensor(math.nan)
-    return values.mean().item(), error.item()
-
-
-def ratio_and_error(sums: torch.Tensor, counts: torch.Tensor, groups: torch.Tensor) -> tuple[float, float]:
-    """Σ sums / Σ counts and its standard error over groups, NaN for a single one.
-
-    That of a ratio of sums, by its linearisation (Cochran 1977, section 6.4). sums, counts, groups: (rows,) each;
-    groups without counts tell nothing.
-    """
-    _, groups = groups.unique(return_inverse=True)
-    size = int(groups.max()) + 1
-    sums, counts = (torch.zeros(size, dtype=x.dtype).index_add(0, groups, x) for x in (sums, counts))
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    ratio = sums.sum() / counts.sum()
-    residuals = (sums - ratio * counts) / counts.mean()
-    return ratio.item(), mean_and_error(residuals)[1]

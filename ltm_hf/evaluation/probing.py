@@ -25,19 +25,8 @@ from ..posterior_ltm import (
     negative_log_likelihood,
     scored_tokens,
 )
-from .representations import (
-    batches,
-    beyond_noise,
-    check_blocks,
-    evaluating,
-    figure,
-    infer_posteriors,
-    markdown_rows,
-    settings_of,
-    shortened,
-    tokenize,
-    written,
-)
+from .figures import beyond_noise, evaluating, figure, markdown_rows, shortened, written
+from .representations import batches, check_blocks, infer_posteriors, settings_of, tokenize
 
 ACCURACIES = ("teacher_forced", "free_running")
 
@@ -390,7 +379,7 @@ def latent_usage_markdown(result: dict) -> str:
     channels = result["num_channels"]
     rows = [["layer", "KL, nats a block", "of which each latent", f"active units, each latent's of {channels}"]]
     for index, (layer, total) in enumerate(zip(result["kl"], result["kl_by_layer"], strict=True)):
-        each = ", ".join(f"{latent['mean']:.3f}" for latent in layer)
+        each = ", ".join(f"{latent['value']:.3f}" for latent in layer)
         rows.append([str(index + 1), written(total), each, ", ".join(map(str, result["active_units"][index]))])
     active, units = result["num_active"], result["num_units"]
     rows.append(["all", written(result["kl_total"]), "", f"{active} of {units} ({100 * active / units:.1f} %)"])
@@ -533,4 +522,4 @@ def _gain_verdict(name: str, gain: dict) -> str:
     points = f"{written(gain, 2, 100, sign=True)} points"
     if not beyond_noise(gain):
         return f"{name.capitalize()}: no difference that these blocks can show ({points})."
-    return f"{name.capitalize()}: the latents {'gain' if gain['mean'] > 0 else 'lose'} ({points})."
+    return f"{name.capitalize()}: the latents {'gain' if gain['value'] > 0 else 'lose'} ({points})."

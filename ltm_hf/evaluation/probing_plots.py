@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .representations import written
+from .figures import written
 
 
 def plot_progressive_inclusion(result: dict, path: str | Path) -> None:
@@ -43,7 +43,7 @@ def plot_interpolation(result: dict, path: str | Path) -> None:
     axes = figure.subplots()
     weights = result["weights"]
     for index, name in enumerate(("first", "second")):
-        plain = result["no_latents"][name]["mean"]
+        plain = result["no_latents"][name]["value"]
         label = f"{name} text (without latents {plain:.3f})"
         _errorbar(axes, weights, result["change"][name], fmt="o-", color=f"C{index}", label=label)
     axes.axhline(0, color="grey", lw=1)
@@ -63,7 +63,7 @@ def plot_latent_usage(result: dict, path: str | Path) -> None:
     """Heat maps, a row for each layer and a column for each latent: KL, and the share of units that are active."""
     from matplotlib.figure import Figure
 
-    kl = [[latent["mean"] for latent in layer] for layer in result["kl"]]
+    kl = [[latent["value"] for latent in layer] for layer in result["kl"]]
     channels = result["num_channels"]
     height = max(3.0, 0.45 * len(kl) + 1.6)
     figure = Figure(figsize=(11, height), layout="constrained")
@@ -94,8 +94,8 @@ def plot_cross_attention(result: dict, path: str | Path) -> None:
         image = axes.imshow(list(zip(*weights, strict=True)), aspect="auto", vmin=0, vmax=1, cmap="viridis")
         entropy, addition = result["entropy"][index], result["addition"][index]
         axes.set_title(
-            f"layer {index + 1}: entropy {entropy['mean']:.3f} of at most {result['max_entropy']:.3f} nats; "
-            f"adds {100 * addition['mean']:.1f} % to the residual stream",
+            f"layer {index + 1}: entropy {entropy['value']:.3f} of at most {result['max_entropy']:.3f} nats; "
+            f"adds {100 * addition['value']:.1f} % to the residual stream",
             fontsize=9,
         )
         axes.set_yticks(range(latents), range(1, latents + 1))
@@ -122,8 +122,8 @@ def plot_topic_probe(result: dict, path: str | Path) -> None:
             "the same as the test text's, %",
         ),
     ):
-        values = [100 * one["mean"] for one in figures.values()]
-        errors = [100 * (one["standard_error"] or 0.0) for one in figures.values()]
+        values = [100 * one["value"] for one in figures.values()]
+        errors = [100 * (one["error"] or 0.0) for one in figures.values()]
         bars = axes.barh(list(figures), values, xerr=errors, capsize=3, color=[f"C{i}" for i in range(len(values))])
         axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8)
         axes.set(xlabel=unit, xlim=(0, 108), title=title)
@@ -140,8 +140,8 @@ def plot_topic_probe(result: dict, path: str | Path) -> None:
 
 def _errorbar(axes, places, figures, factor=1.0, **style) -> None:
     """Figures at places; one whose error nobody knows has no bar."""
-    means = [factor * one["mean"] for one in figures]
-    errors = [factor * (one["standard_error"] or 0.0) for one in figures]
+    means = [factor * one["value"] for one in figures]
+    errors = [factor * (one["error"] or 0.0) for one in figures]
     axes.errorbar(places, means, errors, ms=4, capsize=3, **style)
 
 

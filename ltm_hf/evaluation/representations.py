@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,54 +19,7 @@ from ..configuration_ltm import InferenceSettings
 from ..data import collate_blocks
 from ..data.corpora import _local_files, file_type
 from ..posterior_ltm import LatentPosterior, check_sequences, infer_posterior
-from .likelihood import mean_and_error
-
-# ------------------------------------------------------------------ what every study is made of
-
-
-def figure(values: torch.Tensor) -> dict:
-    """The mean of (n,) values as JSON: `mean`, `standard_error` (None for a single value), `n`."""
-    values = values.double()
-    mean, error = mean_and_error(values) if len(values) > 1 else (values.mean().item(), None)
-    return {"mean": mean, "standard_error": error, "n": len(values)}
-
-
-def beyond_noise(difference: dict) -> bool:
-    """Whether a figure lies more than two standard errors from zero; never, where nobody knows the error."""
-    error = difference["standard_error"]
-    return error is not None and abs(difference["mean"]) > 2 * error
-
-
-def written(figure: dict, digits: int = 3, factor: float = 1.0, sign: bool = False) -> str:
-    """A figure as `mean ± standard error`, times a factor: 100 for percent."""
-    mean = f"{factor * figure['mean']:{'+' if sign else ''}.{digits}f}"
-    error = figure["standard_error"]
-    return mean if error is None else f"{mean} ± {factor * error:.{digits}f}"
-
-
-def markdown_rows(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is the header. What a text could mean to Markdown is escaped."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    lines.insert(1, "|---" * len(rows[0]) + "|")
-    return "\n".join(lines)
-
-
-def shortened(text: str, length: int = 100) -> str:
-    """The first words of a text, on one line, in so many characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " …"
-
-
-@contextmanager
-def evaluating(model):
-    """Eval mode and no gradients inside; the mode is restored after."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+from .figures import beyond_noise, evaluating, figure, markdown_rows, shortened, written
 
 
 def settings_of(model, num_inference_steps: int | None, seed: int) -> dict:
@@ -459,4 +411,4 @@ def topic_probe_markdown(result: dict) -> str:
 def _verdict(baseline: str, difference: dict) -> str:
     if not beyond_noise(difference):
         return f"Posterior means against {baseline}: no difference that these texts can show."
-    return f"Posterior means tell the class {'better' if difference['mean'] > 0 else 'worse'} than {baseline}."
+    return f"Posterior means tell the class {'better' if difference['value'] > 0 else 'worse'} than {baseline}."

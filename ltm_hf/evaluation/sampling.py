@@ -6,7 +6,6 @@ between batches of other shapes, so that of two tokens that are level to roundin
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from ..posterior_ltm import LatentPosterior, infer_posterior, keyed_normal, sequence_keys
+from .figures import evaluating
 
 _TOKEN = 4  # a use of noise beside those of posterior_ltm
 
@@ -148,20 +148,6 @@ def complete_texts(
         progress,
     )
     return [written[start : start + num_samples] for start in range(0, len(written), num_samples)]
-
-
-@contextmanager
-def evaluating(*models):
-    """Models in eval mode and no gradients inside; training mode is restored after."""
-    modes = [(model, model.training) for model in models]
-    try:
-        with torch.no_grad():
-            for model in models:
-                model.eval()
-            yield
-    finally:
-        for model, was_training in modes:
-            model.train(was_training)
 
 
 def context_length(model) -> int | None:

@@ -12,13 +12,12 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import collate_blocks
-from ..posterior_ltm import IGNORED, scored_tokens
-from .likelihood import mean_and_error
+from ..posterior_ltm import IGNORED, negative_log_likelihood, scored_tokens
+from .figures import as_figure, cell, evaluating, figure, markdown_rows, ratio_and_error
 from .sampling import (
     GREEDY,
     MULTINOMIAL,
@@ -26,7 +25,6 @@ from .sampling import (
     check_room,
     complete_texts,
     context_length,
-    evaluating,
     sample_texts,
 )
 
@@ -77,7 +75,7 @@ def distinct_n(texts: Sequence[Sequence[Hashable]], n: int) -> dict:
     """
     of_texts = [grams for tokens in texts if (grams := ngrams(tokens, n))]
     if not of_texts:
-        return _figure(math.nan, math.nan, 0)
+        return as_figure(math.nan, math.nan, 0)
     owners = Counter(gram for grams in of_texts for gram in set(grams))  # in how many texts
     total = sum(map(len, of_texts))
     without = np.array(
@@ -89,7 +87,7 @@ def distinct_n(texts: Sequence[Sequence[Hashable]], n: int) -> dict:
     )
     count = len(of_texts)
     error = math.sqrt((count - 1) * without.var()) if count > 1 else math.nan
-    return _figure(len(owners) / total, error, count)
+    return as_figure(len(owners) / total, error, count)
 
 
 # ------------------------------------------------------------------ of a judge
@@ -121,12 +119,8 @@ def judged_losses(
     with evaluating(judge):
         for start in tqdm(range(0, len(rows), batch_size), desc="Judging", disable=not progress, leave=False):
             batch = {name: x.to(judge.device) for name, x in collate_blocks(rows[start : start + batch_size]).items()}
-            targets = scored_tokens(**batch)
-            batch.pop("labels")
-            logits = judge(**batch).logits[:, :-1].float()
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
-            nats.append(losses.view(targets.shape).double().sum(dim=1).cpu())
-            counts.append((targets != IGNORED).sum(dim=1).cpu())
+            nats.append(negative_log_likelihood(judge, **batch).double().cpu())
+            counts.append((scored_tokens(**batch) != IGNORED).sum(dim=1).cpu())
     return torch.cat(nats), torch.cat(counts)
 
 
@@ -135,10 +129,9 @@ def pooled_perplexity(nats: torch.Tensor, counts: torch.Tensor) -> dict:
     n, total = int((counts > 0).sum()), counts.sum()
     if not n:
         return {"skipped": "No text has a token to score."}
-    mean = nats.sum() / total
-    residuals = (nats - mean * counts)[counts > 0]
-    error = (residuals.square().sum() * n / (n - 1)).sqrt() / total if n > 1 else torch.tensor(math.nan)
-    return _figure(mean.exp().item(), (mean.exp() * error).item(), n) | {"num_tokens": int(total)}
+    mean, error = ratio_and_error(nats.double(), counts.double(), torch.arange(len(counts)))
+    perplexity = math.exp(mean)
+    return as_figure(perplexity, perplexity * error, n) | {"num_tokens": int(total)}
 
 
 # ------------------------------------------------------------------ of features
@@ -197,7 +190,7 @@ def mauve(written: np.ndarray, references: np.ndarray, seed: int = 0, resamples:
         x, y = get_divergence_curve_for_multinomials(p, q, weights, 5).T
         by_x, by_y = np.argsort(x), np.argsort(y)
         resampled.append((auc(x[by_x], y[by_x]) + auc(y[by_y], x[by_y])) / 2)
-    return _figure(float(result.mauve), float(np.std(resampled, ddof=1)), n)
+    return as_figure(float(result.mauve), float(np.std(resampled, ddof=1)), n)
 
 
 # ------------------------------------------------------------------ all of them
@@ -323,44 +316,14 @@ def text_examples(result: dict) -> str:
     return "\n\n".join(parts)
 
 
-def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, aligned; the first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def cell(figure: dict | None) -> str:
-    """A figure in a table."""
-    if not figure or figure.get("value") is None:
-        return "–"
-    error = "" if figure["error"] is None else f" ± {figure['error']:.2g}"
-    return f"{figure['value']:.4g}{error}"
-
-
-def mean_figure(values: Sequence[float]) -> dict:
-    """The mean of the values that are not NaN, as a figure."""
-    known = torch.tensor([float(value) for value in values if not math.isnan(value)], dtype=torch.double)
-    if len(known) < 2:
-        return _figure(known.item() if len(known) else math.nan, math.nan, len(known))
-    return _figure(*mean_and_error(known), len(known))
-
-
-def _figure(value: float, error: float, n: int) -> dict:
-    """JSON has no NaN: None in its place."""
-    value, error = (None if math.isnan(x) else x for x in (value, error))
-    return {"value": value, "error": error, "n": n}
-
-
 def _of_tokens(texts: Sequence[WrittenText], split: Callable[[str], list]) -> dict[str, dict]:
     words = [split(text.text) for text in texts]
     return {
-        "tokens": mean_figure([len(text.tokens) for text in texts]),
-        "ended": mean_figure([text.ended for text in texts]),
-        "entropy": mean_figure([entropy(tokens) for tokens in words]),
+        "tokens": figure([len(text.tokens) for text in texts]),
+        "ended": figure([text.ended for text in texts]),
+        "entropy": figure([entropy(tokens) for tokens in words]),
         **{f"distinct_{n}": distinct_n(words, n) for n in (1, 2, 3)},
-        "repetition_4": mean_figure([repetition(tokens, 4) for tokens in words]),
+        "repetition_4": figure([repetition(tokens, 4) for tokens in words]),
     }
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..flops import training_flops
-from .likelihood import aligned, score_blocks, with_error
+from .figures import markdown_rows, with_error
+from .likelihood import score_blocks
 
 LABELS = {"bound": "bound with fresh noise", "prefix": "prefix: what follows, latents from what precedes"}
 _WITHOUT = {"bound": "no_latents", "prefix": "prefix_no_latents"}  # the same tokens without latents
@@ -63,7 +64,7 @@ def thinking_table(curves: dict[str, list[dict]]) -> str:
             nats, saved = with_error(row["nats"], row["error"], 4), with_error(row["saved"], row["saved_error"], 4)
             numbers = (str(row["num_latents"]), row["figure"], str(row["num_inference_steps"]))
             cells.append([name, *numbers, nats, saved, f"{row['seconds']:.3f}", f"{row['mflops']:.4g}"])
-    return aligned(cells)
+    return markdown_rows(cells)
 
 
 def write_thinking_csv(curves: dict[str, list[dict]], path: str | Path) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from datasets import load_dataset
 
 from ..data.corpora import file_type
-from .likelihood import Likelihood, aligned
+from .figures import markdown_rows
+from .likelihood import Likelihood
 
 # ------------------------------------------------------------------ text as it was before it was tokenised
 
@@ -236,8 +237,8 @@ def zero_shot_table(results: dict[str, dict[str, Likelihood]]) -> str:
     measured = [line for line in lines(bits) if set(line[2:]) != {"–"}]
     return (
         "Perplexity, exp(nats / tokens). Published rows count GPT-2 tokens; with other vocabularies, compare bits per "
-        f"byte instead.\n\n{aligned([['model', 'figure', *names], *lines(perplexity), *published])}\n\n"
-        f"Bits per byte, ± standard error over documents.\n\n{aligned([['model', 'figure', *names], *measured])}"
+        f"byte instead.\n\n{markdown_rows([['model', 'figure', *names], *lines(perplexity), *published])}\n\n"
+        f"Bits per byte, ± standard error over documents.\n\n{markdown_rows([['model', 'figure', *names], *measured])}"
     )
 
 

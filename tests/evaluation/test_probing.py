@@ -83,23 +83,23 @@ def test_a_text_that_its_latents_determine(copier):
     result = progressive_inclusion(copier, blocks, batch_size=2, progress=False)
     copied = 7 / 8  # what comes after the first letter; begin-of-text is copied wrongly
     for name, means in (("teacher_forced", [copied, copied, 1.0]), ("free_running", [0.0, 0.0, 1.0])):
-        assert [one["mean"] for one in result[name]] == pytest.approx(means)
-        assert [one["standard_error"] for one in result[name]] == [0.0] * 3
+        assert [one["value"] for one in result[name]] == pytest.approx(means)
+        assert [one["error"] for one in result[name]] == [0.0] * 3
         assert [one["n"] for one in result[name]] == [3] * 3
-        assert [one["mean"] for one in result["gain"][name]] == pytest.approx([mean - means[0] for mean in means])
+        assert [one["value"] for one in result["gain"][name]] == pytest.approx([mean - means[0] for mean in means])
     assert result["layers"] == [0, 1, 2]
 
     rebuilt = reconstruction(copier, Letters(), blocks, num_examples=2, batch_size=2, progress=False)
     assert rebuilt["rebuilt_exactly"] == 3
-    free = {kind: one["free_running"]["mean"] for kind, one in rebuilt["figures"].items()}
+    free = {kind: one["free_running"]["value"] for kind, one in rebuilt["figures"].items()}
     assert free == {"own latents": 1.0, "another text's latents": 0.0, "no latents": 0.0}
     assert [example["text"] for example in rebuilt["examples"]] == ["e" * 8, "i" * 8]
     example = rebuilt["examples"][1]
     assert example["own latents"] == example["text"]
     assert example["another text's latents"] == "m" * 8 and example["no latents"] == "a" * 8
     plain = math.log(math.exp(4) + 15) - 4 * copied  # the logits: 4, the root of 16, for the token seen, 0 for others
-    assert rebuilt["figures"]["no latents"]["nll"]["mean"] == pytest.approx(plain, abs=1e-3)
-    assert rebuilt["difference"]["no latents"]["nll"]["mean"] < -0.4
+    assert rebuilt["figures"]["no latents"]["nll"]["value"] == pytest.approx(plain, abs=1e-3)
+    assert rebuilt["difference"]["no latents"]["nll"]["value"] < -0.4
 
 
 def test_the_last_block_reads_the_first_one_s_latents(copier):
@@ -178,8 +178,8 @@ def test_nll_of_the_reconstruction_by_hand(model, blocks):
             ids = torch.tensor([block["input_ids"]])
             losses.append(model(ids, latents=latents, labels=ids).loss.double())
         losses = torch.stack(losses)
-        assert one["nll"]["mean"] == pytest.approx(losses.mean().item(), abs=1e-4)
-        assert one["nll"]["standard_error"] == pytest.approx(losses.std().item() / math.sqrt(3), abs=1e-4)
+        assert one["nll"]["value"] == pytest.approx(losses.mean().item(), abs=1e-4)
+        assert one["nll"]["error"] == pytest.approx(losses.std().item() / math.sqrt(3), abs=1e-4)
 
 
 # ------------------------------------------------------------------ between two texts
@@ -206,24 +206,24 @@ def test_between_two_texts(model):
             for pair in ends
         ]
         kl = sum(posterior.kl_divergence().item() for posterior in between) / 3
-        assert result["kl"][index]["mean"] == pytest.approx(kl, abs=1e-4)
+        assert result["kl"][index]["value"] == pytest.approx(kl, abs=1e-4)
         for side, name in enumerate(("first", "second")):
             losses = [
                 model(pair[side], latents=posterior.mean, labels=pair[side]).loss.item()
                 for pair, posterior in zip(ids, between, strict=True)
             ]
             plain = [model(pair[side], labels=pair[side]).loss.item() for pair in ids]
-            assert result["nll"][name][index]["mean"] == pytest.approx(sum(losses) / 3, abs=1e-4)
-            assert result["no_latents"][name]["mean"] == pytest.approx(sum(plain) / 3, abs=1e-4)
-            change = result["change"][name][index]["mean"]
+            assert result["nll"][name][index]["value"] == pytest.approx(sum(losses) / 3, abs=1e-4)
+            assert result["no_latents"][name]["value"] == pytest.approx(sum(plain) / 3, abs=1e-4)
+            change = result["change"][name][index]["value"]
             assert change == pytest.approx((sum(losses) - sum(plain)) / 3, abs=1e-4)
         for row, example in enumerate(result["examples"]):
             tokens = greedy(model, torch.tensor([[BOS]]), between[row].mean, 6)[0].tolist()
             tokens = tokens[: tokens.index(2)] if 2 in tokens else tokens
             assert example["written"][index] == tokenizer.decode(tokens)
     first, second = (result["nll"][name] for name in ("first", "second"))
-    assert result["own_end"]["first"]["mean"] == pytest.approx(first[0]["mean"] - first[-1]["mean"])
-    assert result["own_end"]["second"]["mean"] == pytest.approx(second[-1]["mean"] - second[0]["mean"])
+    assert result["own_end"]["first"]["value"] == pytest.approx(first[0]["value"] - first[-1]["value"])
+    assert result["own_end"]["second"]["value"] == pytest.approx(second[-1]["value"] - second[0]["value"])
     assert [(example["first"], example["second"]) for example in result["examples"]] == pairs[:2]
 
 
@@ -235,7 +235,7 @@ def test_interpolation_goes_from_one_letter_to_the_other(copier):
     result = interpolation(copier, Letters(), [("eeeeeeee", "mmmmmmmm")], max_new_tokens=8, progress=False)
     (example,) = result["examples"]
     assert example["written"][0] == "e" * 8 and example["written"][-1] == "m" * 8
-    assert result["own_end"]["first"]["mean"] < 0 and result["own_end"]["second"]["mean"] < 0
+    assert result["own_end"]["first"]["value"] < 0 and result["own_end"]["second"]["value"] < 0
 
 
 def test_text_ends_where_it_ends():
@@ -256,18 +256,18 @@ def test_kl_map_sums_to_the_divergence(model, blocks):
     expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, deviation), prior).sum()
     torch.testing.assert_close(kl[1, 0, 1], expected, rtol=1e-4, atol=1e-5)
     result = latent_usage(model, blocks, progress=False)
-    cells = [[latent["mean"] for latent in layer] for layer in result["kl"]]
+    cells = [[latent["value"] for latent in layer] for layer in result["kl"]]
     torch.testing.assert_close(torch.tensor(cells), kl.mean(dim=0))
-    assert [layer["mean"] for layer in result["kl_by_layer"]] == pytest.approx([sum(layer) for layer in cells])
-    assert result["kl_total"]["mean"] == pytest.approx(posterior.kl_divergence().mean().item())
+    assert [layer["value"] for layer in result["kl_by_layer"]] == pytest.approx([sum(layer) for layer in cells])
+    assert result["kl_total"]["value"] == pytest.approx(posterior.kl_divergence().mean().item())
     per_token = (posterior.kl_divergence() / torch.tensor([7, 12, 4])).mean().item()
-    assert result["kl_per_token"]["mean"] == pytest.approx(per_token)
+    assert result["kl_per_token"]["value"] == pytest.approx(per_token)
 
 
 def test_the_prior_has_no_kl_and_no_active_unit(model, blocks):
     result = latent_usage(model, blocks, num_inference_steps=0, progress=False)
-    assert result["kl_total"]["mean"] == result["num_active"] == 0
-    assert not any(latent["mean"] for layer in result["kl"] for latent in layer)
+    assert result["kl_total"]["value"] == result["num_active"] == 0
+    assert not any(latent["value"] for layer in result["kl"] for latent in layer)
     assert result["num_units"] == 2 * 2 * 32 and result["num_channels"] == 32
 
 
@@ -322,9 +322,9 @@ def test_latents_of_zero_add_nothing_and_are_looked_at_alike(model, blocks):
     torch.testing.assert_close(maps, torch.full_like(maps, 0.5))
     assert not additions.any()
     result = cross_attention(model, Letters(), blocks, num_inference_steps=0, progress=False)
-    assert [layer["mean"] for layer in result["entropy"]] == pytest.approx([math.log(2)] * 2)
+    assert [layer["value"] for layer in result["entropy"]] == pytest.approx([math.log(2)] * 2)
     assert result["max_entropy"] == math.log(2)
-    assert [layer["mean"] for layer in result["addition"]] == [0.0, 0.0]
+    assert [layer["value"] for layer in result["addition"]] == [0.0, 0.0]
 
 
 def test_attention_study_against_the_maps_of_each_block(model, blocks):
@@ -339,7 +339,7 @@ def test_attention_study_against_the_maps_of_each_block(model, blocks):
             torch.testing.assert_close(torch.tensor(result["weights"]), maps[0].mean(dim=1)[:, :5])
     for name, values in (("entropy", entropies), ("addition", additions)):
         means = torch.stack(values).mean(dim=0).tolist()
-        assert [one["mean"] for one in result[name]] == pytest.approx(means, rel=1e-4)
+        assert [one["value"] for one in result[name]] == pytest.approx(means, rel=1e-4)
     assert result["tokens"] == [ALPHABET[index] for index in blocks[0]["input_ids"][:5]]
 
 
@@ -413,7 +413,7 @@ def test_tables_do_not_make_much_of_little(copier, model, blocks):
     letters = [{"input_ids": [BOS] + [letter] * 8} for letter in (5, 9, 13)]
     everything = probing.progressive_inclusion_markdown(progressive_inclusion(copier, letters, progress=False))
     assert "Free-running: the latents gain (+100.00 ± 0.00 points)." in everything
-    assert "| 1–2 | 100.00 ± 0.00 | +12.50 ± 0.00 | 100.00 ± 0.00 | +100.00 ± 0.00 |" in everything
+    assert "| 1–2 | 100.00 ± 0.00 | +12.50 ± 0.00 | 100.00 ± 0.00 | +100.00 ± 0.00 |" in " ".join(everything.split())
 
 
 def test_bad_input_is_refused_before_anything_is_computed(model, make_model, blocks, monkeypatch):
@@ -472,7 +472,7 @@ def test_heat_maps_show_each_latent(model, blocks, tmp_path, monkeypatch):
     monkeypatch.setattr(axes.Axes, "imshow", lambda self, x, **k: (drawn.append((x, k)), original(self, x, **k))[1])
     usage = latent_usage(model, blocks, progress=False)
     probing_plots.plot_latent_usage(usage, tmp_path / "usage.png")
-    assert drawn[0][0] == [[latent["mean"] for latent in layer] for layer in usage["kl"]]
+    assert drawn[0][0] == [[latent["value"] for latent in layer] for layer in usage["kl"]]
     assert drawn[1][0] == usage["active_units"] and drawn[1][1]["vmax"] == 32
     attention = cross_attention(model, Letters(), blocks, num_tokens=5, progress=False)
     probing_plots.plot_cross_attention(attention, tmp_path / "attention.png")
@@ -489,8 +489,8 @@ def test_accuracies_are_drawn_in_percent(model, blocks, tmp_path, monkeypatch):
     probing_plots.plot_progressive_inclusion(result, tmp_path / "inclusion.png")
     expected = [figures for name in probing.ACCURACIES for figures in (result[name], result["gain"][name])]
     for (_, means, errors), figures in zip(drawn, expected, strict=True):
-        assert means == pytest.approx([100 * one["mean"] for one in figures])
-        assert errors == pytest.approx([100 * one["standard_error"] for one in figures])
+        assert means == pytest.approx([100 * one["value"] for one in figures])
+        assert errors == pytest.approx([100 * one["error"] for one in figures])
 
 
 def test_tokens_can_be_seen():

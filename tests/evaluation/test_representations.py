@@ -11,21 +11,18 @@ from datasets import ClassLabel, Dataset
 
 from ltm_hf.data import train_tokenizer
 from ltm_hf.evaluation import probing_plots, representations
+from ltm_hf.evaluation.figures import beyond_noise, figure, shortened, written
 from ltm_hf.evaluation.representations import (
     LabelledTexts,
-    beyond_noise,
-    figure,
     infer_posteriors,
     linear_probe,
     load_labelled_texts,
     mean_pooled_embeddings,
     nearest_neighbours,
     posterior_means,
-    shortened,
     tf_idf,
     topic_probe,
     topic_probe_markdown,
-    written,
 )
 
 AG_NEWS = Path(__file__).resolve().parents[3] / "shared/data/ag_news/test.jsonl.gz"
@@ -47,21 +44,21 @@ def model(make_model, tokenizer):
 
 def test_a_figure_is_a_mean_with_its_error():
     assert figure(torch.tensor([1.0, 2.0, 6.0])) == {
-        "mean": pytest.approx(3.0),
-        "standard_error": pytest.approx(math.sqrt(7 / 3)),  # variance 7 with n - 1, over n
+        "value": pytest.approx(3.0),
+        "error": pytest.approx(math.sqrt(7 / 3)),  # variance 7 with n - 1, over n
         "n": 3,
     }
-    assert figure(torch.tensor([True])) == {"mean": 1.0, "standard_error": None, "n": 1}
-    assert written({"mean": 0.125, "standard_error": 0.01}, 1, 100, sign=True) == "+12.5 ± 1.0"
-    assert written({"mean": -0.125, "standard_error": None}, 2) == "-0.12"
+    assert figure(torch.tensor([True])) == {"value": 1.0, "error": None, "n": 1}
+    assert written({"value": 0.125, "error": 0.01}, 1, 100, sign=True) == "+12.5 ± 1.0"
+    assert written({"value": -0.125, "error": None}, 2) == "-0.12"
 
 
 @pytest.mark.parametrize(
     ("mean", "error", "answer"), [(0.3, 0.1, True), (-0.3, 0.1, True), (0.19, 0.1, False), (0.0, 0.0, False)]
 )
 def test_noise_is_two_standard_errors(mean, error, answer):
-    assert beyond_noise({"mean": mean, "standard_error": error}) is answer
-    assert not beyond_noise({"mean": mean, "standard_error": None})
+    assert beyond_noise({"value": mean, "error": error}) is answer
+    assert not beyond_noise({"value": mean, "error": None})
 
 
 def test_texts_are_shortened_at_a_word():
@@ -277,16 +274,16 @@ def test_topic_probe(model, tokenizer, topics, tmp_path):
     options = dict(num_neighbours=3, num_examples=2, num_inference_steps=1, progress=False)
     result = topic_probe(model, tokenizer, topics, **options)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    assert result["accuracy"]["TF-IDF"]["mean"] == result["same_class"]["TF-IDF"]["mean"] == 1.0
-    assert result["accuracy"]["the majority class"]["mean"] == pytest.approx(6 / 13)  # the training texts' majority
+    assert result["accuracy"]["TF-IDF"]["value"] == result["same_class"]["TF-IDF"]["value"] == 1.0
+    assert result["accuracy"]["the majority class"]["value"] == pytest.approx(6 / 13)  # the training texts' majority
     assert result["same_class_by_chance"] == pytest.approx((10 * 6 + 9 * 7) / (19 * 13))
     assert {name: one["n"] for name, one in result["accuracy"].items()} == dict.fromkeys(result["accuracy"], 13)
     assert (
         result["num_features"]["posterior means"] == 4 * 32 and result["num_features"]["mean-pooled embeddings"] == 32
     )
-    thought = result["accuracy"]["posterior means"]["mean"]
+    thought = result["accuracy"]["posterior means"]["value"]
     for name, difference in result["difference"].items():
-        assert difference["mean"] == pytest.approx(thought - result["accuracy"][name]["mean"])
+        assert difference["value"] == pytest.approx(thought - result["accuracy"][name]["value"])
     alone = topic_probe(model, tokenizer, topics, batch_size=1, **options)
     for name in ("accuracy", "difference", "same_class", "penalty"):
         assert alone[name] == result[name]
@@ -299,7 +296,7 @@ def test_topic_probe(model, tokenizer, topics, tmp_path):
     assert result["examples"][1]["text"] == topics.test_texts[1] and result["examples"][1]["class"] == "war"
 
     table = topic_probe_markdown(result)
-    assert "| TF-IDF | " in table and "100.0 ± 0.0" in table and "49.8 by chance" in table and "made up" in table
+    assert "| TF-IDF " in table and "100.0 ± 0.0" in table and "49.8 by chance" in table and "made up" in table
     pytest.importorskip("matplotlib")
     probing_plots.plot_topic_probe(result, tmp_path / "topics.png")
     assert (tmp_path / "topics.png").read_bytes().startswith(b"\x89PNG")
@@ -308,7 +305,7 @@ def test_topic_probe(model, tokenizer, topics, tmp_path):
 def test_posteriors_that_say_nothing_are_no_better_than_the_majority(model, tokenizer, topics):
     """Without a step all means are the prior's: the probe is left with the bias, and the table says so."""
     result = topic_probe(model, tokenizer, topics, num_inference_steps=0, progress=False)
-    assert result["accuracy"]["posterior means"]["mean"] == pytest.approx(6 / 13)
+    assert result["accuracy"]["posterior means"]["value"] == pytest.approx(6 / 13)
     assert "Posterior means against the majority class: no difference" in topic_probe_markdown(result)
     assert "Posterior means tell the class worse than TF-IDF." in topic_probe_markdown(result)
 

@@ -10,13 +10,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ltm_hf.data import train_tokenizer
 from ltm_hf.evaluation import text as text_module
+from ltm_hf.evaluation.figures import figure
 from ltm_hf.evaluation.sampling import GREEDY, complete_texts, sample_texts
 from ltm_hf.evaluation.text import (
     distinct_n,
     entropy,
     judged_losses,
     mauve,
-    mean_figure,
     ngrams,
     pooled_perplexity,
     repetition,
@@ -105,10 +105,10 @@ def test_error_of_distinct_is_the_spread_over_samples():
     assert np.mean([figure["error"] for figure in figures]) == pytest.approx(spread, rel=0.25)
 
 
-def test_mean_figure():
-    assert mean_figure([1, 2, 3, math.nan]) == {"value": 2, "error": pytest.approx(1 / math.sqrt(3)), "n": 3}
-    assert mean_figure([4]) == {"value": 4, "error": None, "n": 1}
-    assert mean_figure([math.nan]) == {"value": None, "error": None, "n": 0}
+def test_figure():
+    assert figure([1, 2, 3, math.nan]) == {"value": 2, "error": pytest.approx(1 / math.sqrt(3)), "n": 3}
+    assert figure([4]) == {"value": 4, "error": None, "n": 1}
+    assert figure([math.nan]) == {"value": None, "error": None, "n": 0}
 
 
 # ------------------------------------------------------------------ of a judge
@@ -259,8 +259,8 @@ def test_figures_of_all_ways(model, gpt2, tokenizer):
     written = [text.text for text in sample_texts(model, tokenizer, 4, 8, seed=3, progress=False)]
     words = [text.split() for text in written]
     figures = result["figures"]["texts: multinomial"]
-    assert figures["entropy"] == mean_figure([entropy(tokens) for tokens in words])
-    assert figures["repetition_4"] == mean_figure([repetition(tokens) for tokens in words])
+    assert figures["entropy"] == figure([entropy(tokens) for tokens in words])
+    assert figures["repetition_4"] == figure([repetition(tokens) for tokens in words])
     assert all(figures[f"distinct_{n}"] == distinct_n(words, n) for n in (1, 2, 3))
     assert figures["judge_perplexity"] == pooled_perplexity(*judged_losses(gpt2, tokenizer, written))
     assert figures["mauve"] == {"skipped": "MAUVE needs 100 texts or more on either side to say anything, got 4."}
@@ -293,12 +293,12 @@ def test_figures_do_not_depend_on_the_batch(model, gpt2, tokenizer):
     )
     assert one["examples"] == many["examples"]
     for way, figures in one["figures"].items():
-        for name, figure in figures.items():
+        for name, one_figure in figures.items():
             other = many["figures"][way][name]
-            assert figure.keys() == other.keys()
+            assert one_figure.keys() == other.keys()
             assert all(
                 other[key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
-                for key, value in figure.items()
+                for key, value in one_figure.items()
             ), (way, name)
 
 
@@ -334,7 +334,7 @@ def test_mauve_sees_prompts_and_texts(model, gpt2, tokenizer, monkeypatch):
     monkeypatch.setattr(text_module, "find_spec", lambda name: True)
     monkeypatch.setattr(text_module, "MAUVE_LEAST", 2)
     monkeypatch.setattr(text_module, "text_features", lambda model, tokenizer, texts, **options: texts)
-    monkeypatch.setattr(text_module, "mauve", lambda *sides: seen.append(sides) or mean_figure([0.5]))
+    monkeypatch.setattr(text_module, "mauve", lambda *sides: seen.append(sides) or figure([0.5]))
     result = text_figures(model, tokenizer, REFERENCES, **SMALL, features=(gpt2, tokenizer), seed=5, num_examples=4)
     wholes = {way: [text["prompt"] + text["text"] for text in texts] for way, texts in result["examples"].items()}
     ways = [("texts", "multinomial"), ("texts", "greedy"), ("completions", "multinomial"), ("completions", "greedy")]
