@@ -239,7 +239,7 @@ def _read_record(path: Path, settings: dict) -> dict[int, dict]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
         return {}
-    head, *lines = map(json.loads, whole.decode().splitlines())
+    head, *lines = map(json.loads, whole.splitlines())  # bytes: texts hold other separators of lines, as U+2028
     other = [name for name in settings if head.get("settings", {}).get(name) != settings[name]]
     if other:
         raise ValueError(f"{str(path)!r} holds a run with another {', '.join(other)}: take another file or remove it.")

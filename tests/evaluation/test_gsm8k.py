@@ -249,6 +249,17 @@ def test_a_stopped_run_goes_on(model, tokenizer, dataset, tmp_path, monkeypatch)
     assert evaluate_gsm8k(model, tokenizer, dataset, **RUN, record=record) == whole and asked == [2, 3, 4]
 
 
+def test_a_record_holds_any_text(model, tokenizer, dataset, tmp_path, monkeypatch):
+    odd = "#### 10\u2028\x85\x1c\x0b\r\n\ufffd\x00“é”"
+    monkeypatch.setattr(gsm8k, "complete_texts", lambda *args, **options: [[WrittenText(odd, [], True)] * 2])
+    options = dict(problems=1, record=tmp_path / "run.jsonl", **RUN)
+    written = evaluate_gsm8k(model, tokenizer, dataset, **options)
+    monkeypatch.setattr(gsm8k, "complete_texts", None)
+    assert evaluate_gsm8k(model, tokenizer, dataset, **options) == written
+    assert written["figures"]["pass@1"]["value"] == 1
+    assert json.loads((tmp_path / "run.jsonl").read_bytes().split(b"\n")[1])["texts"] == [odd, odd]
+
+
 def test_a_record_of_something_else_is_refused(model, tokenizer, dataset, tmp_path, monkeypatch):
     record = tmp_path / "run.jsonl"
     evaluate_gsm8k(model, tokenizer, dataset, **RUN, problems=1, record=record)
