@@ -244,19 +244,18 @@ def text_figures(
         if decoding.do_sample or getattr(model.config, "num_latents", 0):
             ways[f"texts: {name}"] = sample_texts(model, tokenizer, n, max_new_tokens, decoding, **options)
 
-    if prompt_tokens is not None:
-        wholes = [tokenizer(text, verbose=False)["input_ids"] for text in references]
-        wholes = [ids for ids in wholes if len(ids) > prompt_tokens][:n]
+    wholes = [] if prompt_tokens is None else [tokenizer(text, verbose=False)["input_ids"] for text in references]
+    wholes = [ids for ids in wholes if len(ids) > prompt_tokens][:n]
+    if wholes:
         heads = [ids[:prompt_tokens] for ids in wholes]
-        texts = {"references": [_cut(tokenizer, ids[prompt_tokens:], max_new_tokens) for ids in wholes]}
-        for name, decoding in decodings.items() if wholes else ():
+        ways["completions: references"] = [_cut(tokenizer, ids[prompt_tokens:], max_new_tokens) for ids in wholes]
+        for name, decoding in decodings.items():
             completed = complete_texts(
                 model, tokenizer, heads, max_new_tokens, decoding, num_inference_steps=num_inference_steps, **options
             )
-            texts[name] = [text for (text,) in completed]
-        for name in texts if wholes else ():
-            ways[f"completions: {name}"] = texts[name]
-            prompts[f"completions: {name}"] = [_decode(tokenizer, head) for head in heads]
+            ways[f"completions: {name}"] = [text for (text,) in completed]
+        shown = [_decode(tokenizer, head) for head in heads]
+        prompts = {way: shown for way in ways if way.startswith("completions: ")}
 
     figures = {way: _of_tokens(texts, split) for way, texts in ways.items()}
     others = {"batch_size": min(batch_size, 8), "progress": progress}
