@@ -42,7 +42,7 @@ def arguments():
         "--model", nargs="+", default=["outputs/ltm-tiny"], help="folders or names on the Hub; the first is reported on"
     )
     add("--output_dir", type=Path, help="default: `report` in the first model's folder, or in outputs")
-    add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to write")
+    add("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections; the report then holds these alone")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch_size", type=int, default=16)
     add("--seed", type=int, default=0)

@@ -245,7 +245,12 @@ def topic_section(report: Report, subject: Subject, name_or_file: str, **setting
         return representations.topic_probe(subject.model, subject.tokenizer, labelled, **settings)
 
     key = subject.key | {"data": name_or_file} | settings
-    report.section("topic", "Topics", key, compute, lambda result, _: representations.topic_probe_markdown(result))
+
+    def show(result, folder):
+        probing_plots.plot_topic_probe(result, folder / "topic.png")
+        return f"![What can be read from posterior means](topic.png)\n\n{representations.topic_probe_markdown(result)}"
+
+    report.section("topic", "Topics", key, compute, show)
 
 
 # ------------------------------------------------------------------ shared

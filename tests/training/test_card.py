@@ -23,7 +23,7 @@ from ltm_hf import PRESETS, preset_config
 from ltm_hf.data import train_tokenizer
 from ltm_hf.evaluation import Likelihood
 from ltm_hf.flops import paper_training_flops, training_flops
-from ltm_hf.training import LTMTrainer, LTMTrainingArguments, write_model_card
+from ltm_hf.training import LTMTrainer, LTMTrainingArguments, add_to_model_index, write_model_card
 
 HubStub = runpy.run_path(str(Path(__file__).parents[1] / "hub_stub.py"))["HubStub"]
 
@@ -166,6 +166,23 @@ def test_cost_is_that_of_the_run(tmp_path, arguments, slow_gradient):
     assert cost[f"training step: 7 of inference, {passes} of learning"] == f"{step / 1e9:.2f} G"
     assert cost["training step in the paper's account"] == f"{paper_training_flops(config, 512) / 1e9:.2f} G"
     assert cost["whole run (not a token)"] == f"{step * 1e9 / 1e18:.2f} E"
+
+
+def test_later_figures_join_the_metadata_and_leave_the_rest(tmp_path, arguments):
+    """In place of what there was of the same data, beside what there was of others; without the released protocol."""
+    before = full_card(tmp_path, arguments)
+    news = Likelihood({"bound": (4.0, 0.1), "iw-8": (3.9, 0.1), "released": (3.0, 0.1)}, 10, 1)
+    add_to_model_index(tmp_path, {"AG News": news})
+    add_to_model_index(tmp_path, {"AG News": Likelihood({"bound": (5.0, 0.1)}, 10, 1)})
+    card = ModelCard.load(tmp_path / "README.md")
+    found = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert {metric: value for (data, metric), value in found.items() if data == "AG News"} == {
+        "perplexity": math.exp(5.0), "bound": 5.0,
+    }  # fmt: skip
+    assert found[DATA, "prefix"] == 3.05 and card.data.model_name == "someone/ltm-small"
+    assert card.text.strip() == before.text.strip() and card.data.license == "apache-2.0"
+    with pytest.raises(FileNotFoundError, match="There is no model card"):
+        add_to_model_index(tmp_path / "nowhere", {"AG News": news})
 
 
 def test_what_is_unknown_is_not_invented(tmp_path):
