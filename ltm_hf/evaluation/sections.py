@@ -62,7 +62,7 @@ def likelihood_section(
             likelihood, missing = evaluate_documents(subject.model, subject.tokenizer, texts, block_size, **settings)
             columns[subject.name] = likelihood_to_json(likelihood)
             notes += [note for note in missing if note not in notes]
-        first = [subject.tokenizer(texts[0])["input_ids"] for subject in subjects]
+        first = [subject.tokenizer(texts[0][:1000])["input_ids"] for subject in subjects]
         return {"columns": columns, "notes": notes, "same_tokens": all(ids == first[0] for ids in first)}
 
     def show(result, folder):
@@ -74,7 +74,10 @@ def likelihood_section(
             f"{counts.num_tokens:,} tokens; ± standard error over documents."
         )
         if not result["same_tokens"]:
-            about += " The models' tokenizers differ: compare bits per byte."
+            about += (
+                " The models' tokenizers differ: compare bits per byte. Their blocks are drawn from the same documents "
+                "and are not the same passages, unless all are read."
+            )
         return "\n\n".join([about, *tables, *result["notes"]])
 
     key = {"models": [subject.key for subject in subjects], "texts": fingerprint(texts), "block_size": block_size}
