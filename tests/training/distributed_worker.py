@@ -247,6 +247,14 @@ def interrupted():
     return logs(trainer) | {"errors": trainer.errors, "same": everywhere(trainer.same)}
 
 
+def amortized():
+    """An encoder, which runs outside of the forward that DDP wraps; where weights are sharded it is refused."""
+    if MODE not in ("single", "ddp"):
+        return None
+    model = make_model(inference_method="amortized")
+    return logs(train("amortized", model=model, kl_annealing_steps=2, learning_rate=1e-2))
+
+
 class CountsGathers(LTMTrainer):
     def _think(self, decoder, inputs):
         with launching.AllGathers() as counter:
@@ -281,6 +289,7 @@ CASES = {
     "checkpointing": lambda: logs(train("checkpointing", gradient_checkpointing=True)),
     "bf16": bf16,
     "interrupted": interrupted,
+    "amortized": amortized,
     "gathers": gathers,
 }
 

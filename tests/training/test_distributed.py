@@ -80,6 +80,11 @@ def test_same_mathematics(run, mode, case):
     assert_close(run(mode)[case], run("single")[case])
 
 
+def test_an_encoder_learns_the_same_under_ddp(run):
+    assert run("single")["amortized"]["kl"][-1] > 0.01
+    assert_close(run("ddp")["amortized"], run("single")["amortized"])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_fast_loop_stops_at_one_step_on_all_processes(run, mode):
     found, expected = (dict(run(name)["tolerance"]) for name in (mode, "single"))
