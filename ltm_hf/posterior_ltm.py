@@ -607,8 +607,7 @@ def infer_posterior(
         num_tokens = (scored_tokens(input_ids, attention_mask, labels) != IGNORED).sum(dim=1)
         nothing_to_explain = num_tokens == 0
         if amortized:
-            with torch.no_grad():
-                initial_posterior = amortized_posterior(model, input_ids, attention_mask, labels)
+            initial_posterior = amortized_posterior(model, input_ids, attention_mask, labels)
         mean, log_variance = _start(model, settings, keys, seed, initial_posterior)
         decoder = _differentiable(model)
         make_optimizer = LangevinInference if langevin else INFERENCE_OPTIMIZERS[settings.inference_optimizer]
