@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ltm_hf import LatentPosterior, LTMConfig, LTMForCausalLM, LTMModel, elbo, infer_posterior
 from ltm_hf.configuration_ltm import InferenceSettings
@@ -218,6 +219,7 @@ def test_rows_with_nothing_to_explain_get_the_prior(model, encoder, ids):
         assert not posterior.mean[1].any() and not posterior.log_variance[1].any()
         assert posterior.kl_divergence()[1] == 0 and posterior.num_non_finite == 0
         assert posterior.mean[0].any() and posterior.mean[2].any()
+    assert amortized_posterior(encoder, ids, mask).kl_divergence()[1] == 0  # and training pays nothing for it
 
 
 def test_a_chain_that_turns_non_finite_keeps_its_best_point(model, ids, make_noise, caplog):
@@ -457,6 +459,19 @@ def test_saved_and_loaded(encoder, make_model, ids, tmp_path, caplog):
     grown = LTMForCausalLM.from_pretrained(tmp_path / "plain", inference_method="amortized")
     assert grown.infer_posterior(ids).kl_divergence().tolist() == [0.0] * 3
     assert grown.encoder.queries.weight.std() > 0.1
+
+
+def test_a_backbone_can_learn_an_encoder(ids):
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    backbone = LlamaForCausalLM(LlamaConfig(vocab_size=61, **shape)).eval()
+    model = LTMForCausalLM.from_pretrained_backbone(
+        backbone, num_latents=4, inference_method="amortized", freeze_backbone=True
+    ).eval()
+    posterior = model.infer_posterior(ids)
+    assert posterior.kl_divergence().tolist() == [0.0] * 3
+    close(model(ids, latents=posterior.sample(0)).logits, backbone(ids).logits)
+    assert all(parameter.requires_grad for parameter in model.encoder.parameters())
+    assert not model.model.embed_tokens.weight.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ _KEPT = (
 )  # fmt: skip
 _BROUGHT = ("initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# The modules of a layer that the backbone does not have.
-_NEW_MODULES = (".cross_attn.", ".cross_attention_layernorm.", ".cross_attention_gate.")
+# The modules that the backbone does not have: of a layer, and the encoder of inference_method="amortized".
+_NEW_MODULES = (".cross_attn.", ".cross_attention_layernorm.", ".cross_attention_gate.", "encoder.")
 
 
 def _is_new(name: str) -> bool:
