@@ -148,7 +148,7 @@ def from_pretrained_backbone(
 
 
 def freeze_all_but_cross_attention(model: LTMForCausalLM) -> None:
-    """Let only what reads the latents train: cross-attentions, their norms and gates.
+    """Let only what reads the latents train: cross-attentions, their norms and gates. And an encoder, if there is one.
 
     A checkpoint does not hold what was frozen: call this again after reloading one.
     """
