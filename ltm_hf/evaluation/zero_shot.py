@@ -252,26 +252,28 @@ def plot_zero_shot(results: dict[str, dict[str, Likelihood]], path: str | Path) 
     from matplotlib.figure import Figure
 
     names = [name for name in ZERO_SHOT if any(name in columns for columns in results.values())]
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
-    index = 0
-    for model, columns in results.items():
-        for kind in _SHOWN:
-            points = [
-                (names.index(name), columns[name].perplexity(kind))
-                for name in names
-                if name in columns and kind in columns[name]
-            ]
-            if points:
-                marker = "x" if kind == "released" else "o"
-                axes.plot(*zip(*points, strict=True), marker, color=f"C{index}", label=f"{model}: {_SHOWN[kind]}")
-                index += 1
+    shown = [
+        (model, kind, columns)
+        for model, columns in results.items()
+        for kind in _SHOWN
+        if any(kind in likelihood for likelihood in columns.values())
+    ]
+    for index, (model, kind, columns) in enumerate(shown):  # side by side, right of what was published
+        points = [
+            (place + 0.45 * index / len(shown), columns[name].perplexity(kind))
+            for place, name in enumerate(names)
+            if name in columns and kind in columns[name]
+        ]
+        marker = "x" if kind == "released" else "o"
+        axes.plot(*zip(*points, strict=True), marker, ms=5, color=f"C{index}", label=f"{model}: {_SHOWN[kind]}")
     for model, values in PUBLISHED.items():
         for place, name in enumerate(names):
             value = dict(zip(ZERO_SHOT, values, strict=True))[name]
             if value is not None:
                 color = "C3" if model.startswith("LTM") else "grey"
-                axes.plot([place - 0.3, place - 0.12], [value, value], "-", color=color, lw=1)
+                axes.plot([place - 0.35, place - 0.1], [value, value], "-", color=color, lw=1)
     axes.plot([], [], "-", color="grey", lw=1, label="published, autoregressive and diffusion (GPT-2 tokens)")
     axes.plot([], [], "-", color="C3", lw=1, label="published LTM: released protocol, not a bound")
     axes.set_yscale("log")
@@ -280,5 +282,5 @@ def plot_zero_shot(results: dict[str, dict[str, Likelihood]], path: str | Path) 
         ylabel="perplexity (log scale)", title="Zero-shot perplexity: tokens of different vocabularies do not compare"
     )
     axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(fontsize=8, ncols=2, loc="outside lower center")
     figure.savefig(path, dpi=120)
