@@ -58,6 +58,7 @@ def arguments():
     thinking.add_argument("--num_inference_steps", type=int, help="default: each model's own")
     thinking.add_argument("--num_particles", type=int, default=1, help="samples that the bound is averaged over")
     thinking.add_argument("--num_samples", type=int, default=16, help="of the importance-weighted bound; 0 for none")
+    thinking.add_argument("--thinking_blocks", type=int, default=32, help="of the thinking curve; default 32")
     thinking.add_argument("--steps", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16, 32], help="of the thinking curve")
     more = parser.add_argument_group("more sections")
     more.add_argument("--texts", type=int, default=32, help="that the model writes, each way; default 32")
@@ -101,7 +102,7 @@ def main():
         figures |= {source: found[model.name]} if found else {}
     if "thinking" in options.only:
         particles = {"steps": options.steps, "num_particles": options.num_particles}
-        thinking_section(report, subjects, texts, block_size, min(32, options.blocks), **shared, **particles)
+        thinking_section(report, subjects, texts, block_size, options.thinking_blocks, **shared, **particles)
     if "zero_shot" in options.only and options.zero_shot:
         local = None if options.zero_shot == "hub" else options.zero_shot
         limits = {"num_blocks": options.blocks}

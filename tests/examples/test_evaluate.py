@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 
 EVALUATE = Path(__file__).parents[2] / "examples" / "evaluate.py"
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
-SMALL = ("--device", "cpu", "--blocks", 4, "--num_samples", 2, "--steps", 0, 2, "--texts", 2, "--max_new_tokens", 4)
+SMALL = ("--device", "cpu", "--blocks", 4, "--num_samples", 2, "--steps", 0, 2, "--texts", 2, "--max_new_tokens", 4,
+         "--thinking_blocks", 4)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
