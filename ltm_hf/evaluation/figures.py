@@ -46,8 +46,8 @@ def ratio_and_error(sums: torch.Tensor, counts: torch.Tensor, groups: torch.Tens
 
 
 def as_figure(value: float, error: float, n: int) -> dict:
-    """`value`, its standard `error` and what they are over, `n`, for JSON, which has no NaN: None in its place."""
-    value, error = (None if math.isnan(x) else x for x in (value, error))
+    """`value`, its standard `error` and what they are over, `n`, for JSON: None where one is not finite."""
+    value, error = (x if math.isfinite(x) else None for x in (value, error))
     return {"value": value, "error": error, "n": n}
 
 
@@ -74,7 +74,9 @@ def with_error(value: float, error: float, digits: int = 3) -> str:
 
 
 def written(figure: dict, digits: int = 3, factor: float = 1.0, sign: bool = False) -> str:
-    """A figure as `value ± error` in so many digits, times a factor: 100 for percent."""
+    """A figure as `value ± error` in so many digits, times a factor: 100 for percent; a dash where there is none."""
+    if figure["value"] is None:
+        return "–"
     value = f"{factor * figure['value']:{'+' if sign else ''}.{digits}f}"
     return value if figure["error"] is None else f"{value} ± {factor * figure['error']:.{digits}f}"
 

@@ -65,7 +65,7 @@ class Likelihood:
         return name in self.figures
 
     def perplexity(self, name: str) -> float:
-        return math.exp(self[name]) if self[name] < 700 else math.inf  # the largest that a float holds is e⁷⁰⁹
+        return math.inf if self[name] >= 700 else math.exp(self[name])  # the largest that a float holds is e⁷⁰⁹
 
     def __or__(self, other: "Likelihood") -> "Likelihood":
         """With the figures of another reading of the same documents; the counts are this one's."""

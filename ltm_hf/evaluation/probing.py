@@ -356,6 +356,10 @@ def latent_usage(
     result = settings_of(model, num_inference_steps, seed)
     check_blocks(blocks, least_tokens=2)
     posterior = infer_posteriors(model, blocks, batch_size, num_inference_steps, seed, progress)
+    if posterior.log_variance.isneginf().any():
+        raise ValueError(
+            "Langevin dynamics end at a point, whose KL is infinite: there is none to share out by latent."
+        )
     kl = kl_per_latent(posterior)
     active = active_units(posterior.mean, threshold)
     num_tokens = torch.tensor([len(blocks[index]["input_ids"]) - 1 for index in range(len(blocks))])

@@ -1,6 +1,7 @@
 """Thinking curves: what more inference steps, or more latents, save, and what they cost."""
 
 import csv
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def thinking_curve(
     A row holds `figure`, `num_inference_steps` and `num_latents`; `nats` a token with its `error`; `saved`, what the
     same tokens' loss without latents lies above it, block by block, with its `saved_error`; the `seconds` a block of
     inference and scoring; and `mflops`, 10⁶ FLOPs a token of inference alone by the closed form of `flops`.
+    By Langevin dynamics there is no bound, and no row of one.
     """
     rows = []
     for figure, on in (("bound", blocks), ("prefix", prefix_blocks or blocks)):
@@ -45,6 +47,8 @@ def thinking_curve(
             seconds = (time.perf_counter() - start) / len(on)
             scores.nats |= plain.nats
             nats, error = scores.mean(figure)
+            if not math.isfinite(nats):
+                continue  # a chain ends at a point, which has no bound
             saved, saved_error = scores.mean(_WITHOUT[figure], minus=figure)
             rows.append(
                 {
@@ -92,7 +96,10 @@ def plot_thinking(curves: dict[str, list[dict]], path: str | Path) -> None:
     level, saved, *rest = figure.subplots(1, 3 if by_latents else 2)
     steps = sorted({row["num_inference_steps"] for rows in curves.values() for row in rows})
     lines = [
-        (name, kind, [row for row in rows if row["figure"] == kind]) for name, rows in curves.items() for kind in LABELS
+        (name, kind, points)
+        for name, rows in curves.items()
+        for kind in LABELS
+        if (points := [row for row in rows if row["figure"] == kind])
     ]
     for index, (name, kind, points) in enumerate(lines):
         style = dict(fmt="o-" if kind == "bound" else "s--", color=f"C{index}", ms=4, capsize=3)

@@ -495,3 +495,11 @@ def test_accuracies_are_drawn_in_percent(model, blocks, tmp_path, monkeypatch):
 
 def test_tokens_can_be_seen():
     assert probing_plots._visible(" a\n") == "·a↵" and probing_plots._visible("") == "∅"
+
+
+def test_a_chain_ends_at_a_point_whose_kl_is_left_out(make_model, blocks):
+    chain = make_model(inference_method="langevin")
+    with pytest.raises(ValueError, match="end at a point, whose KL is infinite"):
+        latent_usage(chain, blocks, progress=False)
+    between = interpolation(chain, Letters(), [("eeee", "mmmm")], max_new_tokens=2, progress=False)
+    assert {one["value"] for one in between["kl"]} == {None} and "–" in probing.interpolation_markdown(between)

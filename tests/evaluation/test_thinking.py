@@ -42,6 +42,15 @@ def test_without_a_step_the_prefix_says_nothing(model, blocks):
     assert row["saved"] == pytest.approx(0.0, abs=1e-6) and row["saved_error"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_chain_has_no_bound_and_its_curve_is_drawn(make_model, blocks, tmp_path):
+    chain = make_model(inference_method="langevin")
+    rows = thinking_curve(chain, blocks, steps=(0, 2), progress=False)
+    assert [row["figure"] for row in rows] == ["prefix", "prefix"]
+    pytest.importorskip("matplotlib")
+    plot_thinking({"chain": rows}, tmp_path / "thinking.png")
+    assert "bound" not in thinking_table({"chain": rows})
+
+
 def curve(latents=4):
     return [
         {
