@@ -64,7 +64,8 @@ class TrainingFlops:
     """FLOPs per token: matrix products and attention; norms, softmax, optimisers and rotary tables are left out.
 
     forward: logits of all positions, from tokens and latents.
-    fast_step: a forward and the gradient of the latents, no weight gradient; 0 without latents, and with an encoder.
+    fast_step: logits of all positions but the last, and the gradient of the latents, no weight gradient; 0 without
+        latents, and with an encoder.
     slow_step: a forward and the gradient of all weights, at latents that need none; with an encoder, all of its work
         and the latents' gradient.
     num_inference_steps: fast steps of a training step.
@@ -107,7 +108,8 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
         cross_scores = 4 * queries * tokens * config.latents_per_layer
     layers = config.num_hidden_layers
     linear = layers * (projections + mlp + cross_query + cross_out + latent_projections)
-    linear += tokens * 2 * hidden * config.vocab_size
+    head = 2 * hidden * config.vocab_size  # of one token
+    linear += tokens * head
     attended = layers * (scores + cross_scores)
     forward = linear + attended
 
@@ -117,7 +119,7 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
     latents_backward = linear + 2 * attended
     # Layer 0 reads no latents before its cross-attention: what comes before, and the queries, are constant.
     latents_backward -= projections + 2 * scores + cross_query + cross_scores // 2
-    fast_step = forward + latents_backward if config.num_latents else 0
+    fast_step = forward + latents_backward - 2 * head if config.num_latents else 0  # the last token predicts nothing
     slow_step = forward + weights_backward
     if _has_encoder(config):
         fast_step, read = 0, tokens + config.num_latents  # tokens and queries, each of which attends to all

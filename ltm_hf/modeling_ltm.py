@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
@@ -40,7 +41,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ltm import LTMConfig
 from .generation_ltm import LTMGenerationMixin
-from .posterior_ltm import elbo, infer_posterior, sample_prior
+from .posterior_ltm import IGNORED, elbo, infer_posterior, sample_prior
 
 _SELF_ATTENTIONS = {"mistral": MistralAttention, "qwen2": Qwen2Attention, "qwen3": Qwen3Attention}
 
@@ -354,6 +355,68 @@ def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, 
         )
 
 
+CHUNK_BYTES = 2**25  # of float32 logits, the most that `token_losses` holds at a time
+
+
+def token_losses(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(B, S) float32 nats, -log p of the targets (B, S) given hidden states (B, S, D); 0 where a target is -100.
+
+    A head that is frozen, or used without a graph, gets the scored tokens alone, a chunk at a time. All tokens at once
+    go to one that learns or is compiled, and to one with hooks, which may count calls or gather weights at each.
+    """
+    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    if learns or hooked or torch.compiler.is_compiling():
+        logits = head(hidden_states)
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            targets.to(logits.device).flatten().long(),
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        return losses.view(targets.shape)
+    scored = (targets != IGNORED).nonzero(as_tuple=True)
+    losses = _FrozenHeadLosses.apply(hidden_states[scored], targets[scored].long(), head)
+    return losses.new_zeros(targets.shape).index_put(scored, losses)
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    """-log p (M,) of targets (M,) given hidden states (M, D). Forward has the logits, and takes the gradient too."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, targets, head):
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden_states) if wants_gradient else hidden_states
+        rows = max(1, CHUNK_BYTES // (4 * head.out_features))
+        num_chunks = max(1, -(-len(targets) // rows))
+        losses = []
+        for states, wanted, place in zip(
+            *(x.chunk(num_chunks) for x in (hidden_states, targets[:, None], gradient)), strict=True
+        ):
+            with torch.set_grad_enabled(wants_gradient):
+                states = states.detach().requires_grad_(wants_gradient)
+                # By the head's own forward and backward, so that it may be of any class. It gets no leaf, which torch's
+                # FlopCounterMode could not watch.
+                logits = head(states.view_as(states))
+            log_probabilities = logits.detach().log_softmax(dim=-1, dtype=torch.float32)
+            losses.append(-log_probabilities.gather(1, wanted).squeeze(1))
+            if wants_gradient:
+                excess = log_probabilities.exp_()  # probability less the target's one: the gradient of the logits
+                excess.scatter_add_(1, wanted, excess.new_full(wanted.shape, -1.0))
+                place.copy_(torch.autograd.grad(logits, states, excess.to(logits.dtype))[0])
+                del excess
+            del logits, log_probabilities  # before the next chunk's
+        if wants_gradient:
+            ctx.save_for_backward(gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, weights):
+        (gradient,) = ctx.saved_tensors
+        return weights[:, None].to(gradient.dtype) * gradient, None, None
+
+
 class LTMEncoder(nn.Module):
     """q(z|x) in one pass, as a VAE has it (`inference_method="amortized"`): an ablation, as deep as the decoder.
 
@@ -434,6 +497,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        loss_reduction: str = "mean",
         **kwargs,
     ) -> LTMCausalLMOutputWithPast:
         """Logits (B, S, vocabulary) of the next token given latents, and the mean loss in nats a token given labels.
@@ -441,9 +505,13 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         latents: (B, L, N, D), or None for a plain windowed decoder (the same as latents of zero).
         latent_key_values: (B, L, 2, K, N, d) from `project_latents`, in place of `latents`.
         labels: (B, S), shifted inside; -100 is not scored. `num_items_in_batch` divides the sum if given.
+        loss_reduction: "none" gives the loss of each token (B, S - 1), 0 where not scored, and no logits: see
+            `token_losses`.
 
         Raises ValueError for latents of another shape, or given twice.
         """
+        if loss_reduction not in ("mean", "none") or (loss_reduction == "none" and labels is None):
+            raise ValueError(f"loss_reduction must be 'mean', or 'none' with labels; got {loss_reduction!r}.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -455,10 +523,13 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if loss_reduction == "none":
+            loss = token_losses(self.lm_head, outputs.last_hidden_state[:, :-1], labels[:, 1:])
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return LTMCausalLMOutputWithPast(
             loss=loss,

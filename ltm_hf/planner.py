@@ -5,8 +5,9 @@
 Symbols: B sequences on a GPU at a time, S tokens of a sequence, L layers, n latents a layer, D hidden, V vocabulary,
 T inference steps, P parameters.
 
-Memory is what autograd saves under SDPA attention, with no dropout and no kernel fused. The logits weigh most: at the
-start of the backward pass three float32 arrays of B·S·V live at once (log-softmax, its gradient and the loss's).
+Memory is what autograd saves under SDPA attention, with no dropout and no kernel fused. The slow step's logits weigh
+most: at the start of its backward pass three float32 arrays of B·S·V live at once (log-softmax, its gradient and the
+loss's). The fast loop has them in chunks (`token_losses`).
 
 MFU is defined by the paper's own account: `paper_training_flops` x tokens a second / (GPUs x the peak of dense
 bfloat16), whatever the precision. The two published step times imply 0.166 (LTM-Medium) and 0.162 (LTM-Large).
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 from .configuration_ltm import LTMConfig
 from .flops import checked_length, count_parameters, paper_training_flops, training_flops, widths
+from .modeling_ltm import CHUNK_BYTES
 from .presets import PRESETS, preset_config
 
 PAPER_MFU = 0.164
@@ -52,7 +54,8 @@ class Memory:
 
     weights, gradients, adam: float32, this GPU's share; gathered copies and DDP's buckets are counted with them.
     slow_activations, fast_activations: what autograd saves in the slow step and in a fast step, logits aside.
-    logits: of the loss, at the start of either backward pass.
+    slow_logits: of the loss, at the start of the backward pass. fast_logits: of a chunk, and what stands beside them.
+        With gradient checkpointing, of a layer computed again where that is more.
     latents: posteriors, their optimiser and the samples of the fast loop; not needed in the slow step.
     """
 
@@ -61,16 +64,17 @@ class Memory:
     adam: int
     slow_activations: int
     fast_activations: int
-    logits: int
+    slow_logits: int
+    fast_logits: int
     latents: int
 
     @property
     def slow_step(self) -> int:
-        return self.weights + self.gradients + self.adam + self.slow_activations + self.logits
+        return self.weights + self.gradients + self.adam + self.slow_activations + self.slow_logits
 
     @property
     def fast_loop(self) -> int:
-        return self.weights + self.gradients + self.adam + self.fast_activations + self.logits + self.latents
+        return self.weights + self.gradients + self.adam + self.fast_activations + self.fast_logits + self.latents
 
     @property
     def peak(self) -> int:
@@ -100,7 +104,9 @@ def training_memory(
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("sharding", sharding, SHARDINGS)
     tokens = checked_length(config, sequence_length)
-    fast, slow = (
+    slow_logits = 3 * 4 * batch_size * tokens * config.vocab_size
+    fast_logits = _fast_logits(config, batch_size * (tokens - 1), precision) if config.num_latents else 0
+    (fast, fast_again), (slow, slow_again) = (
         _activations(config, batch_size, tokens, precision, gradient_checkpointing, frozen) for frozen in (True, False)
     )
     weights = gradients = 4 * count_parameters(config)
@@ -121,13 +127,28 @@ def training_memory(
         adam=adam,
         slow_activations=slow,
         fast_activations=fast if config.num_latents else 0,
-        logits=3 * 4 * batch_size * tokens * config.vocab_size,
+        slow_logits=max(slow_logits, slow_again),
+        fast_logits=max(fast_logits, fast_again) if config.num_latents else 0,
         latents=arrays * 4 * batch_size * math.prod(config.latent_shape),
     )
 
 
-def _activations(config: LTMConfig, batch: int, length: int, precision: str, checkpointing: bool, frozen: bool) -> int:
-    """Bytes that autograd saves in one forward pass, logits aside; frozen: only the latents want a gradient."""
+def _fast_logits(config: LTMConfig, scored: int, precision: str) -> int:
+    """Bytes of a chunk's logits and log-softmax, and of all hidden states, which are copied to leave some out."""
+    rows = min(max(1, scored), max(1, CHUNK_BYTES // (4 * config.vocab_size)))
+    rows = -(-scored // max(1, -(-scored // rows)))  # chunks are even
+    chunk = rows * config.vocab_size * (2 + 4 + 4 if precision == "bf16" else 4 + 4)  # log-softmax makes a copy of bf16
+    copies = 2 * config.hidden_size * config.vocab_size if precision == "bf16" else 0
+    return chunk + copies + 3 * 4 * scored * config.hidden_size
+
+
+def _activations(
+    config: LTMConfig, batch: int, length: int, precision: str, checkpointing: bool, frozen: bool
+) -> tuple[int, int]:
+    """Bytes that autograd saves in one forward pass, logits aside, and those that the backward pass computes again.
+
+    frozen: only the latents want a gradient.
+    """
     hidden, queries, keys = widths(config)
     heads, inner, n = config.num_attention_heads, config.intermediate_size, config.latents_per_layer
     tokens, bf16 = batch * length, precision == "bf16"
@@ -159,15 +180,17 @@ def _activations(config: LTMConfig, batch: int, length: int, precision: str, che
     layer = tokens * (self_part + cross_part + norm(2) + mlp) + batch * latents
     copies = 2 * (2 * hidden * queries + 2 * hidden * keys) if bf16 else 0  # of an attention's weights
     layer += copies * (2 if n else 1) + (2 * 3 * hidden * inner if bf16 else 0)
-    head = tokens * norm(1) + (2 * hidden * config.vocab_size if bf16 else 0)
+    # A frozen head has given its gradient already; another keeps its copy.
+    head = tokens * norm(1) + (4 * tokens * hidden if frozen else 2 * hidden * config.vocab_size if bf16 else 0)
     if checkpointing:
-        # A layer's input is kept, and the mask. One layer at a time is computed again, once the logits are gone.
+        # A layer's input is kept, and the mask. One layer at a time is computed again, once the logits are gone, beside
+        # the gradients of what enters and leaves it.
         kept = config.num_hidden_layers * tokens * 4 * hidden + (tokens * length if masked else 0) + head
-        return kept + max(0, layer - 3 * 4 * tokens * config.vocab_size)
+        return kept, layer + 2 * 4 * tokens * hidden
     saved = config.num_hidden_layers * layer + head
     if frozen:  # before the first cross-attention nothing depends on latents
         saved -= tokens * (self_part + norm(1)) + (copies + 2 * hidden * queries if bf16 else 0)
-    return saved
+    return saved, 0
 
 
 # ------------------------------------------------------------------ the plan
@@ -290,7 +313,7 @@ def report(plan: Plan) -> str:
         "memory": f"{_gib(memory.peak)} a GPU, the larger of slow step {_gib(memory.slow_step)} and "
         f"fast loop {_gib(memory.fast_loop)}",
         "  both": f"weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, Adam {_gib(memory.adam)}, "
-        f"logits {_gib(memory.logits)}",
+        f"logits {_gib(memory.slow_logits)}",
         "  slow step": f"activations {_gib(memory.slow_activations)}",
         "  fast loop": f"activations {_gib(memory.fast_activations)}, latents {_gib(memory.latents)}",
         "time": f"{plan.days:.2f} days: {plan.num_steps:,} steps of {plan.seconds_per_step:.2f} s",

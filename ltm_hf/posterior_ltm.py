@@ -229,9 +229,14 @@ def negative_log_likelihood(model, input_ids, latents=None, attention_mask=None,
 
     `latents=None`: of the plain decoder, or of any other causal language model.
     """
-    given = {} if latents is None else {"latents": latents}
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given).logits
     targets = scored_tokens(input_ids, attention_mask, labels)
+    given = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    if latents is not None:
+        given["latents"] = latents
+    if getattr(getattr(model, "config", None), "model_type", None) == "ltm":  # which can do without the logits
+        labels = F.pad(targets, (1, 0), value=IGNORED)
+        return model(**given, labels=labels, loss_reduction="none").loss.sum(dim=1)
+    logits = model(**given).logits
     losses = F.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED, reduction="none"
     )
@@ -407,7 +412,12 @@ def _differentiable(model) -> Callable:
     if not any(tensor.is_inference() for tensor in tensors.values()):
         return model
     copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    return lambda **inputs: torch.func.functional_call(model, copies, kwargs=inputs)
+
+    def decoder(**inputs):
+        return torch.func.functional_call(model, copies, kwargs=inputs)
+
+    decoder.config = model.config
+    return decoder
 
 
 class _BestFinite:

@@ -111,7 +111,8 @@ def test_inference_compiles_once(make_model, make_ids, compiled):
     for seed in range(3):
         ids = make_ids(seed=seed)
         posterior = infer_posterior(model, ids, num_inference_steps=5)
-        same_posterior(posterior, plain.infer_posterior(ids, num_inference_steps=5))
+        # A compiled head takes all tokens at once, another the scored ones: sums in another order.
+        same_posterior(posterior, plain.infer_posterior(ids, num_inference_steps=5), 1e-4)
         assert num_graphs() == (2 if seed else 1)
         model(ids, latents=posterior.mean, labels=ids.clone(), use_cache=False).loss.backward()
         assert num_graphs() == 2
