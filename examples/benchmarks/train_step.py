@@ -9,10 +9,12 @@ The model is newly initialised and the token ids are random (seeded): the cost d
 - fast step: the time of one `model.infer_posterior(...)` call divided by its T steps. It includes all that the call
   does: checking the input, drawing the start and the noise, T forwards, T gradients of the latents, T updates.
 - slow step: forward, backward and an AdamW step on the weights, at latents drawn from the posterior. The draw is
-  included, gradient clipping is not.
-- published way: the same fast loop with the decoder not frozen, so that every step also computes and accumulates the
-  weight gradients. Measured in turn with the other two, and checked to give the same posterior.
-- peak memory: on a GPU of each phase, the weights and their optimiser's state included; on a CPU of the whole process.
+  included, gradient clipping is not. It is the same step in both ways.
+- published way: the same fast loop done naively. The decoder is not frozen, so that every step also computes and
+  accumulates the weight gradients; every step makes all logits of the batch, and nothing is kept from step to step.
+  Measured in turn with the other two, and checked to give the same posterior.
+- peak memory: on a GPU of each phase, the weights and their optimiser's state included; on a CPU of a process that runs
+  nothing but that phase, Python and torch included (`--only`).
 - FLOPs: counted by torch on one sequence with eager attention, which computes all S x S scores whatever the window.
 
 Milliseconds are medians of the repeats, with their smallest and largest; warm-up is left out. A training step is T
@@ -25,24 +27,33 @@ import json
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 import transformers
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, set_seed
 
 from ltm_hf import PRESETS, LatentPosterior, preset_config
 from ltm_hf.configuration_ltm import InferenceSettings
 from ltm_hf.flops import count_flops, count_parameters, paper_training_flops
-from ltm_hf.posterior_ltm import INFERENCE_OPTIMIZERS, keyed_normal, negative_log_likelihood, step_size
+from ltm_hf.posterior_ltm import INFERENCE_OPTIMIZERS, keyed_normal, step_size
 
 PHASES = ("fast_step", "slow_step", "published_fast_step")
 
 
 def noise(start: LatentPosterior, step: int) -> torch.Tensor:
     return keyed_normal(start.keys, start.mean.shape[1:], step)
+
+
+def naive_negative_log_likelihood(model, input_ids, latents) -> torch.Tensor:
+    """(B,) nats, from the logits of all tokens."""
+    logits = model(input_ids=input_ids, latents=latents, use_cache=False).logits
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(input_ids), -1).sum(dim=1)
 
 
 def infer_posterior_unfrozen(model, input_ids, num_inference_steps: int | None = None) -> LatentPosterior:
@@ -54,7 +65,7 @@ def infer_posterior_unfrozen(model, input_ids, num_inference_steps: int | None =
         epsilon = noise(start, step)
         posterior = LatentPosterior(optimizer.mean, optimizer.log_variance)
         latents = posterior.reparameterize(epsilon).detach().requires_grad_()
-        negative_log_likelihood(model, input_ids, latents).sum().backward()
+        naive_negative_log_likelihood(model, input_ids, latents).sum().backward()
         with torch.no_grad():
             optimizer.update(latents.grad, epsilon, step_size(settings, step))
     return LatentPosterior(optimizer.mean.detach(), optimizer.log_variance.detach())
@@ -101,35 +112,47 @@ def count(model, input_ids) -> dict[str, int]:
     return flops
 
 
-def measure(model, input_ids, repeats: int, warmup: int) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Milliseconds of each phase in each repeat, and on a GPU its peak memory in bytes. The phases take turns."""
-    device, steps = input_ids.device, model.config.num_inference_steps
+def make_phases(model, input_ids) -> dict:
+    """What is measured, by name. A slow step with no fast step before it starts at the prior."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1)
-    times, peaks = {phase: [] for phase in PHASES}, {}
-    posterior = None
+    posterior = model.infer_posterior(input_ids, num_inference_steps=0)
+
+    def fast_loop():
+        nonlocal posterior
+        posterior = model.infer_posterior(input_ids)
 
     def slow_step():
         slow_loss(model, input_ids, posterior).backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    def published_fast_loop():
+        infer_posterior_unfrozen(model, input_ids)
+        optimizer.zero_grad()
+
+    return {"fast_step": fast_loop, "slow_step": slow_step, "published_fast_step": published_fast_loop}
+
+
+def measure(model, input_ids, repeats: int, warmup: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Milliseconds of each phase in each repeat, and on a GPU its peak memory in bytes. The phases take turns."""
+    device, steps = input_ids.device, model.config.num_inference_steps
+    phases = make_phases(model, input_ids)
+    times, peaks = {phase: [] for phase in PHASES}, {}
+
     def timed(phase, function, divisor=1):
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        result = function()
+        function()
         if device.type == "cuda":
             torch.cuda.synchronize()
             peaks[phase] = max(peaks.get(phase, 0), torch.cuda.max_memory_allocated())
         times[phase].append((time.perf_counter() - start) * 1000 / divisor)
-        return result
 
     for _ in range(warmup + repeats):
-        posterior = timed("fast_step", lambda: model.infer_posterior(input_ids), steps)
-        timed("slow_step", slow_step)
-        timed("published_fast_step", lambda: infer_posterior_unfrozen(model, input_ids), steps)
-        optimizer.zero_grad()
+        for phase, function in phases.items():
+            timed(phase, function, 1 if phase == "slow_step" else steps)
     return {phase: values[warmup:] for phase, values in times.items()}, peaks
 
 
@@ -151,22 +174,43 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def benchmark(args) -> dict:
+def prepare(args) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A model and the token ids of a batch, both random."""
     set_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
     model = build_model(args)
+    length = args.sequence_length or model.config.max_position_embeddings
+    return model, torch.randint(model.config.vocab_size, (args.batch_size, length)).to(args.device)
+
+
+def peak_of_process(phase: str, arguments: list[str]) -> int:
+    """Bytes: the peak of a process that runs this phase alone, at most two steps of it: later ones add nothing."""
+    command = [sys.executable, __file__, *arguments, "--only", phase]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def run_alone(args) -> int:
+    """Bytes: this process's peak after building the model and `args.only`, or after building it alone."""
+    model, input_ids = prepare(args)
+    model.config.num_inference_steps = min(2, model.config.num_inference_steps)
+    if args.only != "nothing":
+        make_phases(model, input_ids)[args.only]()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def benchmark(args, arguments: list[str]) -> dict:
+    model, input_ids = prepare(args)
     config = model.config
-    steps, length = config.num_inference_steps, args.sequence_length or config.max_position_embeddings
-    input_ids = torch.randint(config.vocab_size, (args.batch_size, length)).to(args.device)
+    steps, length = config.num_inference_steps, input_ids.shape[1]
 
     same = difference(model, input_ids)
     model.zero_grad()
     flops = count(model, input_ids)
     times, peaks = measure(model, input_ids, args.repeats, args.warmup)
     if args.device.type != "cuda":
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-        peaks["process"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        peaks = {phase: peak_of_process(phase, arguments) for phase in (*PHASES, "nothing")}
 
     milliseconds = {phase: statistics.median(values) for phase, values in times.items()}
     for figures in (milliseconds, flops):  # a training step is T fast steps and the slow one
@@ -191,7 +235,7 @@ def benchmark(args) -> dict:
         "milliseconds": milliseconds,
         "milliseconds_range": {phase: [min(values), max(values)] for phase, values in times.items()},
         "tokens_per_second": 1000 * input_ids.numel() / milliseconds["training_step"],
-        "speedup": milliseconds["published_training_step"] / milliseconds["training_step"],
+        "time_ratio": milliseconds["training_step"] / milliseconds["published_training_step"],
         "flops_per_token": flops,
         "paper_flops_per_token": paper_training_flops(config, length),
         "fast_step_forwards": flops["fast_step"] / flops["forward"],
@@ -218,8 +262,6 @@ def report(result: dict) -> str:
                 f"{peaks[name] / 2**20:,.0f}" if name in peaks else "",
             )
         )
-    if "process" in peaks:
-        rows = [row[:-1] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         f"{settings['preset']} ({settings['parameters']:,} parameters), {settings['batch_size']} x "
@@ -229,11 +271,11 @@ def report(result: dict) -> str:
         "",
         *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows),
         "",
-        f"{result['speedup']:.2f} times as fast as the published way; "
+        f"A training step takes {result['time_ratio']:.2f} of the published way's time; "
         f"posteriors differ by {result['posterior_difference']:.1e} (relative).",
     ]
-    if "process" in peaks:
-        lines.append(f"Peak resident memory of the whole process: {peaks['process'] / 2**20:,.0f} MiB.")
+    if "nothing" in peaks:
+        lines.append(f"Peak of a process that builds the model and stops: {peaks['nothing'] / 2**20:,.0f} MiB.")
     return "\n".join(lines)
 
 
@@ -266,6 +308,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=at_least(1), default=7, help="default 7")
     parser.add_argument("--warmup", type=at_least(1), default=2, help="repeats left out before; default 2")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and token ids; default 0")
+    parser.add_argument("--only", choices=(*PHASES, "nothing"), help="run this once and print the process's peak bytes")
     parser.add_argument("--output", help="JSON file to write the same figures to")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -278,7 +321,10 @@ def parse(arguments=None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    result = benchmark(args)
+    if args.only:
+        print(run_alone(args))
+        return
+    result = benchmark(args, sys.argv[1:])
     print(report(result))
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
