@@ -64,8 +64,8 @@ class TrainingFlops:
     """FLOPs per token: matrix products and attention; norms, softmax, optimisers and rotary tables are left out.
 
     forward: logits of all positions, from tokens and latents.
-    fast_step: logits of all positions but the last, and the gradient of the latents, no weight gradient; 0 without
-        latents, and with an encoder.
+    fast_step: logits of all positions but the last, and the gradient of the latents, no weight gradient; a share of
+        layer 0's self-attention, which is computed once for all steps. 0 without latents, and with an encoder.
     slow_step: a forward and the gradient of all weights, at latents that need none; with an encoder, all of its work
         and the latents' gradient.
     num_inference_steps: fast steps of a training step.
@@ -120,6 +120,8 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
     # Layer 0 reads no latents before its cross-attention: what comes before, and the queries, are constant.
     latents_backward -= projections + 2 * scores + cross_query + cross_scores // 2
     fast_step = forward + latents_backward - 2 * head if config.num_latents else 0  # the last token predicts nothing
+    if fast_step and config.num_inference_steps:  # layer 0's self-attention is computed once for all steps
+        fast_step -= (projections + scores) * (1 - 1 / config.num_inference_steps)
     slow_step = forward + weights_backward
     if _has_encoder(config):
         fast_step, read = 0, tokens + config.num_latents  # tokens and queries, each of which attends to all

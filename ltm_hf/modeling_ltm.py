@@ -7,6 +7,7 @@ self-attention and feed-forward (paper section 3), and a learned gate on that cr
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ltm import LTMConfig
 from .generation_ltm import LTMGenerationMixin
-from .posterior_ltm import IGNORED, elbo, infer_posterior, sample_prior
+from .posterior_ltm import IGNORED, Prelude, elbo, infer_posterior, sample_prior
 
 _SELF_ATTENTIONS = {"mistral": MistralAttention, "qwen2": Qwen2Attention, "qwen3": Qwen3Attention}
 
@@ -152,16 +153,23 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         latent_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
+        prelude: Prelude | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            attention_mask=attention_mask,
-            position_embeddings=position_embeddings,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        hidden_states = hidden_states + attended
+        if prelude is None or prelude.hidden_states is None:
+            with nullcontext() if prelude is None else torch.no_grad():
+                attended, _ = self.self_attn(
+                    hidden_states=self.input_layernorm(hidden_states),
+                    attention_mask=attention_mask,
+                    position_embeddings=position_embeddings,
+                    past_key_values=past_key_values,
+                    **kwargs,
+                )
+                hidden_states = hidden_states + attended
+            if prelude is not None:
+                prelude.hidden_states = hidden_states
+        else:
+            hidden_states = prelude.hidden_states
 
         if latents is not None:
             latent_key_values = self.cross_attn.project_latents(latents, latent_position_embeddings)
@@ -261,6 +269,7 @@ class LTMModel(LTMPreTrainedModel):
         latents: torch.FloatTensor | None = None,
         latent_key_values: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        prelude: Prelude | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Hidden states (B, S, D) of tokens given latents.
@@ -268,6 +277,7 @@ class LTMModel(LTMPreTrainedModel):
         latents: (B, L, N, D), or None for a plain windowed decoder (the same as latents of zero).
         latent_key_values: (B, L, 2, K, N, d) from `project_latents`, in place of `latents`.
         position_ids: counted over the unmasked tokens by default, so that padding on either side changes nothing.
+        prelude: of these tokens under these weights; the fast loop's own, for a frozen decoder without a cache.
 
         Raises ValueError for latents of another shape, or given twice.
         """
@@ -281,6 +291,35 @@ class LTMModel(LTMPreTrainedModel):
             check_latents(self.config, latents, batch_size)
         elif latent_key_values is not None:
             check_latent_key_values(self.config, latent_key_values, batch_size)
+        prelude = None if torch.compiler.is_compiling() else prelude
+        if prelude is not None and prelude.inputs is not None:
+            hidden_states, shared = prelude.inputs
+        else:
+            hidden_states, past_key_values, shared = self._layer_inputs(
+                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, latents is not None
+            )
+            if prelude is not None:
+                prelude.inputs = hidden_states, shared
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer: early exit, a draft
+            hidden_states = layer(
+                hidden_states,
+                None if latents is None else latents[:, index],
+                None if latent_key_values is None else latent_key_values[:, index],
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                prelude=prelude if index == 0 else None,
+                **shared,
+                **kwargs,
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _layer_inputs(
+        self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, has_latents
+    ) -> tuple[torch.Tensor, Cache | None, dict]:
+        """Embeddings (B, S, D), the cache, and what all layers share: mask, positions, rotary tables."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -301,25 +340,15 @@ class LTMModel(LTMPreTrainedModel):
                 position_ids=position_ids,
             )
 
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        latent_position_embeddings = None if latents is None else self.latent_position_embeddings(hidden_states)
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer: early exit, a draft
-            hidden_states = layer(
-                hidden_states,
-                None if latents is None else latents[:, index],
-                None if latent_key_values is None else latent_key_values[:, index],
+        return (
+            inputs_embeds,
+            past_key_values,
+            dict(
                 attention_mask=mask,
-                position_embeddings=position_embeddings,
-                latent_position_embeddings=latent_position_embeddings,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
                 position_ids=position_ids,
-                **kwargs,
-            )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+                position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
+                latent_position_embeddings=self.latent_position_embeddings(inputs_embeds) if has_latents else None,
+            ),
         )
 
     @staticmethod

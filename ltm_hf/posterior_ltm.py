@@ -224,10 +224,23 @@ def scored_tokens(input_ids, attention_mask=None, labels=None) -> torch.Tensor:
     return targets
 
 
-def negative_log_likelihood(model, input_ids, latents=None, attention_mask=None, labels=None) -> torch.Tensor:
+class Prelude:
+    """What a frozen decoder makes of a batch before it reads any latent: the same at every step of the fast loop.
+
+    The decoder's first forward pass fills it, without a graph, and later ones start from it. A compiled decoder leaves
+    it empty: its graph would not be the same at the first step.
+    """
+
+    inputs: tuple[torch.Tensor, dict] | None = None  # of the layers: embeddings; mask, positions, rotary tables
+    hidden_states: torch.Tensor | None = None  # (B, S, D), which enter layer 0's cross-attention
+
+
+def negative_log_likelihood(
+    model, input_ids, latents=None, attention_mask=None, labels=None, prelude: Prelude | None = None
+) -> torch.Tensor:
     """(B,) nats: -log p(x|z) of each sequence, the sum over its scored tokens.
 
-    `latents=None`: of the plain decoder, or of any other causal language model.
+    `latents=None`: of the plain decoder, or of any other causal language model. prelude: of this batch, for an LTM.
     """
     targets = scored_tokens(input_ids, attention_mask, labels)
     given = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -235,6 +248,8 @@ def negative_log_likelihood(model, input_ids, latents=None, attention_mask=None,
         given["latents"] = latents
     if getattr(getattr(model, "config", None), "model_type", None) == "ltm":  # which can do without the logits
         labels = F.pad(targets, (1, 0), value=IGNORED)
+        if prelude is not None:
+            given["prelude"] = prelude
         return model(**given, labels=labels, loss_reduction="none").loss.sum(dim=1)
     logits = model(**given).logits
     losses = F.cross_entropy(
@@ -620,6 +635,9 @@ def infer_posterior(
             initial_posterior = amortized_posterior(model, input_ids, attention_mask, labels)
         mean, log_variance = _start(model, settings, keys, seed, initial_posterior)
         decoder = _differentiable(model)
+        # ZeRO-3 learns the order of a forward pass's modules, to gather their weights ahead: it must not change.
+        sharded = any(hasattr(parameter, "ds_status") for parameter in model.parameters())
+        prelude = None if sharded else Prelude()
         make_optimizer = LangevinInference if langevin else INFERENCE_OPTIMIZERS[settings.inference_optimizer]
         optimizer = make_optimizer(mean, log_variance, settings)
         best = _BestFinite(mean, log_variance)
@@ -634,7 +652,7 @@ def infer_posterior(
                 noise_now = epsilon[step] if epsilon.ndim == 5 else epsilon
             now = LatentPosterior(optimizer.mean, optimizer.log_variance)
             latents = now.reparameterize(noise_now).detach().requires_grad_()
-            nll = negative_log_likelihood(decoder, input_ids, latents, attention_mask, labels)
+            nll = negative_log_likelihood(decoder, input_ids, latents, attention_mask, labels, prelude)
             (gradient,) = torch.autograd.grad(nll.sum(), latents)
             with torch.no_grad():
                 prior_term = now.mean.square().flatten(start_dim=1).sum(dim=1) / 2 if langevin else now.kl_divergence()

@@ -92,8 +92,10 @@ def test_flops(variant, batch=3, length=17):
     assert count_flops(forward) == round(tokens * flops.forward) + rotary
     assert count_flops(lambda: forward().backward()) == round(tokens * flops.slow_step) + rotary
     if config.num_latents:
-        fast_loop = count_flops(lambda: model.infer_posterior(input_ids, num_inference_steps=2))
-        assert fast_loop == 2 * (round(tokens * flops.fast_step) + rotary)
+        for steps in (1, 2, 5):
+            config.num_inference_steps = steps
+            fast_loop = count_flops(lambda: model.infer_posterior(input_ids))
+            assert fast_loop == round(steps * tokens * training_flops(config, length).fast_step) + rotary
 
 
 def test_window_counts_what_the_mask_lets_through():

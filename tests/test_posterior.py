@@ -824,3 +824,39 @@ def test_between_two_thoughts(make_noise):
     same_posterior(first.lerp(second, 0.0), first)
     same_posterior(first.lerp(second, 1.0), second)
     close(first.lerp(second, 0.25).mean, 0.75 * first.mean + 0.25 * second.mean)
+
+
+# ------------------------------------------------------------------ what all steps share
+
+
+def count_calls(monkeypatch, module):
+    calls, forward = [], module.forward
+    monkeypatch.setattr(module, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    return calls
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "ZeRO-3"])
+def test_what_reads_no_latents_is_computed_once(model, ids, monkeypatch, sharded):
+    expected = model.infer_posterior(ids, num_inference_steps=5)
+    if sharded:
+        model.lm_head.weight.ds_status = "as DeepSpeed marks it"
+    layers = model.model.layers
+    once = [model.model.embed_tokens, model.model.rotary_emb, layers[0].input_layernorm, layers[0].self_attn]
+    each = [layers[0].cross_attn, layers[0].mlp, layers[1].self_attn, model.model.norm]
+    counts = [count_calls(monkeypatch, module) for module in (*once, *each)]
+    same_posterior(model.infer_posterior(ids, num_inference_steps=5), expected)
+    a_call = 5 if sharded else 1
+    assert [len(calls) for calls in counts] == [a_call, 2 * a_call, a_call, a_call, 5, 5, 5, 5]  # tokens' and latents'
+
+
+def test_gradient_checkpointing(make_model, ids, pad_rows):
+    """With inputs that want a gradient too, as adapters make them."""
+    batch, mask = pad_rows([ids[0], ids[1, :7]], "left")
+    model = make_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    for _ in range(2):
+        same_posterior(
+            model.infer_posterior(batch, mask, num_inference_steps=4),
+            make_model().infer_posterior(batch, mask, num_inference_steps=4),
+        )
