@@ -102,11 +102,12 @@ def count(model, input_ids) -> dict[str, int]:
     posterior = model.infer_posterior(row, num_inference_steps=1)
     counted = {
         "forward": lambda: slow_loss(model, row, posterior),
-        "fast_step": lambda: model.infer_posterior(row, num_inference_steps=1),
+        "fast_step": lambda: model.infer_posterior(row),
         "slow_step": lambda: slow_loss(model, row, posterior).backward(),
         "published_fast_step": lambda: infer_posterior_unfrozen(model, row, num_inference_steps=1),
     }
     flops = {name: count_flops(function) // row.numel() for name, function in counted.items()}
+    flops["fast_step"] //= model.config.num_inference_steps
     model.set_attn_implementation(implementation)
     model.zero_grad()
     return flops
@@ -196,6 +197,9 @@ def run_alone(args) -> int:
     model.config.num_inference_steps = min(2, model.config.num_inference_steps)
     if args.only != "nothing":
         make_phases(model, input_ids)[args.only]()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss begins at the peak of the process that started this one
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
