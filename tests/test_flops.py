@@ -115,11 +115,10 @@ def test_a_training_step_is_its_parts():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_frozen_fast_step_is_about_two_forwards(preset):
-    """At most 2.1, except where the masked S x S scores of twelve layers are computed: 2.11."""
+    """At most 2.1, though the masked S x S scores are computed."""
     config = preset_config(preset)
     dense, window = (training_flops(config, attention=kind) for kind in ("dense", "window"))
-    assert window.fast_step <= 2.1 * window.forward
-    assert dense.fast_step <= (2.12 if preset == "ltm-large" else 2.1) * dense.forward
+    assert window.fast_step <= 2.1 * window.forward and dense.fast_step <= 2.1 * dense.forward
     assert dense.training_step < 0.8 * paper_training_flops(config)
 
 
