@@ -369,6 +369,15 @@ INFERENCE_OPTIMIZERS: dict[str, Callable[..., InferenceOptimizer]] = {
 }
 
 
+def register_inference_optimizer(name: str, optimizer: Callable[..., InferenceOptimizer]) -> None:
+    """Have `inference_optimizer=name` mean one of your own, in this process: a class as `InferenceOptimizer` says.
+
+    A fit starts at the prior, as with "natural". A checkpoint whose configuration names it loads where it is registered.
+    """
+    INFERENCE_OPTIMIZERS[name] = optimizer
+    InferenceSettings.CHOICES["inference_optimizer"] = tuple(INFERENCE_OPTIMIZERS)
+
+
 def step_size(settings: InferenceSettings, step: int) -> float:
     """The step size at step 0 … T - 1: constant, cosine to a tenth over T steps, or ρ / (1 + ρ·step)."""
     rate = settings.inference_learning_rate
