@@ -332,9 +332,12 @@ class AdamWInference:
 class NaturalInference:
     """Natural gradient in (mean, precision): variational online Newton, as in IVON (Shen et al. 2024, section 3).
 
-    With S = 1/σ² and ρ the step size: h = g·ε·√S estimates the curvature (Stein's identity), d = 1 + h - S,
-    S ← S + ρ d + ½ρ² d²/S, which stays positive, then mean ← mean - ρ (mean + g)/S. The 1 and the mean are the
-    prior's. `inference_precision="unit"` holds S where it starts.
+    With S = 1/σ² and ρ the step size: h = g·ε·√S estimates the curvature (Stein's identity), u = ρ (1 + h - S)/S,
+    S ← S (1 + u + ½u²), which stays positive, then mean ← mean - ρ (mean + g)/S. The 1 and the mean are the prior's.
+    `inference_precision="unit"` holds S where it starts.
+
+    One sample's h is mostly noise where the likelihood is sharp. Two bounds keep a fit from being thrown further than it
+    can come back: a step changes S by u in [-½, 1], and moves a mean by at most half a standard deviation.
     """
 
     def __init__(self, mean: torch.Tensor, log_variance: torch.Tensor, settings: InferenceSettings):
@@ -342,12 +345,13 @@ class NaturalInference:
         self._updates_precision = settings.inference_precision == "stein"
 
     def update(self, gradient, epsilon, step_size):
-        precision = (-self.log_variance).exp()
+        precision, reach = (-self.log_variance).exp(), 0.5 * (0.5 * self.log_variance).exp()
         if self._updates_precision:
             excess = 1 + gradient * epsilon * precision.sqrt() - precision
-            precision = precision + step_size * excess + 0.5 * step_size**2 * excess**2 / precision
+            change = (step_size * excess / precision).clamp(-0.5, 1.0)
+            precision = precision * (1 + change + 0.5 * change**2)
             self.log_variance = -precision.log()
-        self.mean = self.mean - step_size * (self.mean + gradient) / precision
+        self.mean = self.mean - (step_size * (self.mean + gradient) / precision).clamp(-reach, reach)
 
 
 class LangevinInference:

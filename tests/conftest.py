@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -142,3 +145,40 @@ def chat_folder(make_model, tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Quadratic(torch.nn.Module):
+    """-log p(x|z) = |Wz - y|²/2 + constant whatever the text: p(z|x) is Gaussian, and the same for all chains.
+
+    Token t is any of the first V - 1 with probability exp(-(w_t·z - y_t)²/2) / V each, else the last, which no text
+    has.
+    """
+
+    VOCABULARY = 17  # few of 4,000 random texts are the same, and have the same noise
+
+    def __init__(self, weights, targets):
+        super().__init__()
+        self.config = LTMConfig(
+            vocab_size=self.VOCABULARY, hidden_size=weights.shape[1], num_hidden_layers=1, num_attention_heads=1,
+            head_dim=2, num_latents=1, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        self.device = torch.device("cpu")
+        self.weights, self.targets = torch.nn.Parameter(weights), targets
+
+    def forward(self, input_ids, latents, labels, **kwargs):
+        errors = latents[:, 0, 0] @ self.weights.T - self.targets  # (B, S - 1)
+        return SimpleNamespace(loss=0.5 * errors**2 + math.log(self.VOCABULARY))
+
+    def texts(self, rows):
+        shape = (rows, len(self.weights) + 1)
+        return torch.randint(self.VOCABULARY - 1, shape, generator=torch.Generator().manual_seed(0))
+
+    def precision(self):
+        """Of p(z|x), and its product with the mean."""
+        weights = self.weights.detach()
+        return torch.eye(weights.shape[1]) + weights.T @ weights, weights.T @ self.targets
+
+
+@pytest.fixture(scope="session")
+def make_quadratic():
+    return Quadratic
