@@ -11,6 +11,7 @@ g = ∂NLL/∂z; the KL's is known in closed form.
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ class LatentPosterior:
     mean, log_variance: (B, L, N, D), float32. A log-variance of -inf makes a point of it, as Langevin dynamics do: all
         samples are the mean, and the KL is infinite.
     elbo_trace: (T, B), the ELBO in nats at each inference step, with the noise of that step, or None. For "fixed"
-        noise this is the objective of the fit and not a bound; score with `elbo`, whose noise no fit has seen. Of
-        Langevin dynamics it is log p(x, z), less the prior's constant.
+        noise this is the objective of the fit and not a bound; score with `elbo`, whose noise no fit has seen. Nor is
+        that of "lbfgs", at the mean. Of Langevin dynamics it is log p(x, z), less the prior's constant.
     keys: (B,) int64, what identifies the sequences to the noise; None numbers the rows.
     num_non_finite: sequences whose objective turned non-finite, and which kept their best finite posterior.
     """
@@ -300,9 +301,10 @@ def elbo(
 
 
 class InferenceOptimizer(Protocol):
-    """Moves a posterior by what the decoder says of one sample of it.
+    """Moves a posterior by what the decoder says of one sample of it; of its mean, for a class whose `at_mean` is True.
 
-    Built from the start's (mean, log_variance) and the settings; holds the current two, (B, L, N, D) float32.
+    Built from the start's (mean, log_variance) and the settings; holds the current two, (B, L, N, D) float32. Each
+    sequence's must depend on that sequence alone.
     """
 
     mean: torch.Tensor
@@ -336,8 +338,8 @@ class NaturalInference:
     S ← S (1 + u + ½u²), which stays positive, then mean ← mean - ρ (mean + g)/S. The 1 and the mean are the prior's.
     `inference_precision="unit"` holds S where it starts.
 
-    One sample's h is mostly noise where the likelihood is sharp. Two bounds keep a fit from being thrown further than it
-    can come back: a step changes S by u in [-½, 1], and moves a mean by at most half a standard deviation.
+    One sample's h is mostly noise where the likelihood is sharp. Two bounds keep a fit from being thrown further than
+    it can come back: a step changes S by u in [-½, 1], and moves a mean by at most half a standard deviation.
     """
 
     def __init__(self, mean: torch.Tensor, log_variance: torch.Tensor, settings: InferenceSettings):
@@ -352,6 +354,74 @@ class NaturalInference:
             precision = precision * (1 + change + 0.5 * change**2)
             self.log_variance = -precision.log()
         self.mean = self.mean - (step_size * (self.mean + gradient) / precision).clamp(-reach, reach)
+
+
+class LBFGSInference:
+    """L-BFGS (Nocedal and Wright 2006, algorithm 7.4) to the most probable latents of each sequence.
+
+    The gradients are at the mean: nothing is drawn. The first step is `step_size` times the gradient, later ones are as
+    the curvature along the last moves has it; none is longer than half a standard deviation of the prior, in the root
+    mean square of the channels. With the moves M and what they changed of the likelihood's gradient, C, the precision
+    is the diagonal of 1 + C (MᵀC)⁻¹ Cᵀ, which for a quadratic is never above the true one (Nyström's approximation).
+    """
+
+    at_mean = True
+    HISTORY = 10  # moves
+
+    def __init__(self, mean: torch.Tensor, log_variance: torch.Tensor, settings: InferenceSettings):
+        self.mean, self.log_variance = mean, log_variance
+        self._moves, self._changes = deque(maxlen=self.HISTORY), deque(maxlen=self.HISTORY)
+        self._last = self._running = None
+
+    def update(self, gradient, epsilon, step_size):
+        mean, gradient = self.mean.flatten(start_dim=1), gradient.flatten(start_dim=1)
+        if self._last is None:
+            self._running = torch.ones_like(mean[:, :1], dtype=torch.bool)
+        else:
+            move, change = mean - self._last[0], gradient - self._last[1]
+            # A sequence has arrived when it hardly moves: what rounding made of such a move says nothing of curvature.
+            self._running = self._running & (_dot(move, move) > 1e-4 * _dot(mean, mean))
+            self._moves.append(move)
+            self._changes.append(change)
+            log_variance = -self._curvature().log1p().view_as(self.mean)
+            self.log_variance = torch.where(self._running[..., None, None], log_variance, self.log_variance)
+        self._last = mean, gradient
+        move = self._direction(mean + gradient, step_size)
+        length = move.square().mean(dim=1, keepdim=True).sqrt()
+        move = move * (0.5 / length.clamp(min=0.5)) * self._running
+        self.mean = (mean - move).view_as(self.mean)
+
+    def _direction(self, gradient: torch.Tensor, first: float) -> torch.Tensor:
+        """The gradient (B, L·N·D) of the whole objective, times the inverse Hessian as far as it is known."""
+        scale, pairs, factors = first, [], []
+        for move, change in zip(self._moves, self._changes, strict=True):
+            change = change + move  # of the prior
+            along = _dot(move, change)
+            known = along > 1e-6 * _dot(move, move)  # else the objective curves downwards there
+            weight = torch.where(known, 1 / along, 0.0)
+            pairs.append((move, change, weight))
+            scale = torch.where(known, along / _dot(change, change), scale)
+        for move, change, weight in reversed(pairs):
+            factors.append(weight * _dot(move, gradient))
+            gradient = gradient - factors[-1] * change
+        gradient = scale * gradient
+        for (move, change, weight), factor in zip(pairs, reversed(factors), strict=True):
+            gradient = gradient + (factor - weight * _dot(change, gradient)) * move
+        return gradient
+
+    def _curvature(self) -> torch.Tensor:
+        """(B, L·N·D): the diagonal of the likelihood's, as far as it is known."""
+        moves, changes = (torch.stack(tuple(part), dim=-1) for part in (self._moves, self._changes))
+        length = moves.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+        moves, changes = moves / length, changes / length
+        products = moves.mT @ changes
+        values, vectors = torch.linalg.eigh((products + products.mT) / 2)
+        known = values > 1e-2 * values[:, -1:].clamp(min=1e-3)
+        return (changes @ (vectors * torch.where(known, values, torch.inf).rsqrt()[:, None])).square().sum(dim=-1)
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a * b).sum(dim=1, keepdim=True)
 
 
 class LangevinInference:
@@ -370,13 +440,14 @@ class LangevinInference:
 INFERENCE_OPTIMIZERS: dict[str, Callable[..., InferenceOptimizer]] = {
     "adamw": AdamWInference,
     "natural": NaturalInference,
+    "lbfgs": LBFGSInference,
 }
 
 
 def register_inference_optimizer(name: str, optimizer: Callable[..., InferenceOptimizer]) -> None:
     """Have `inference_optimizer=name` mean one of your own, in this process: a class as `InferenceOptimizer` says.
 
-    A fit starts at the prior, as with "natural". A checkpoint whose configuration names it loads where it is registered.
+    A fit starts at the prior. A checkpoint whose configuration names it loads where it is registered.
     """
     INFERENCE_OPTIMIZERS[name] = optimizer
     InferenceSettings.CHOICES["inference_optimizer"] = tuple(INFERENCE_OPTIMIZERS)
@@ -603,7 +674,8 @@ def infer_posterior(
     num_inference_steps … noise: default to the model's configuration, where they are described.
     seed: default 0. Noise is a function of (seed, the sequence's tokens, step): a sequence gets the same posterior
         alone, in any batch, padded on either side. torch's generators are left alone.
-    initial_posterior: where to start. epsilon: (B, L, N, D) noise for all steps, or (T, B, L, N, D), one for each.
+    initial_posterior: where to start. epsilon: (B, L, N, D) noise for all steps, or (T, B, L, N, D), one for each;
+        "lbfgs" has no use for any.
     callback: called after each step with (step, the step's latents (B, L, N, D), its ELBO (B,)).
 
     The decoder is frozen: no weight gradient is computed, `param.grad` is untouched. Works inside `torch.no_grad` and
@@ -658,7 +730,9 @@ def infer_posterior(
         early_stop = None if tolerance is None or langevin else _EarlyStop(tolerance, num_tokens)
         trace = []
         for step in range(0 if _on_all_processes(model, nothing_to_explain.all()) else steps):
-            if epsilon is None:
+            if getattr(optimizer, "at_mean", False):
+                noise_now = torch.zeros_like(mean)
+            elif epsilon is None:
                 draw = step if settings.inference_noise == "fresh" or langevin else 0
                 noise_now = keyed_normal(keys, shape[1:], seed, _FIT, draw)
             else:

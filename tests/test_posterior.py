@@ -704,7 +704,7 @@ def test_methods_are_the_functions(model, ids):
         (dict(inference_learning_rate=-1.0), "inference_learning_rate.*positive"),
         (dict(inference_learning_rate=float("nan")), "inference_learning_rate.*finite"),
         (dict(inference_learning_rate=float("inf")), "inference_learning_rate.*finite"),
-        (dict(inference_optimizer="sgd"), "inference_optimizer.*natural, adamw.*sgd"),
+        (dict(inference_optimizer="sgd"), "inference_optimizer.*natural, lbfgs, adamw.*sgd"),
         (dict(inference_lr_schedule="linear"), "inference_lr_schedule.*constant.*linear"),
         (dict(inference_precision="full"), "inference_precision.*stein.*full"),
         (dict(inference_weight_decay=-1.0), "inference_weight_decay"),

@@ -1,4 +1,4 @@
-"""The natural gradient where the likelihood is sharper than the prior: -log p(x|z) = |Wz - y|²/2, whatever the text."""
+"""Inference where the likelihood is sharper than the prior: -log p(x|z) = |Wz - y|²/2, whatever the text."""
 
 import pytest
 import torch
@@ -35,10 +35,19 @@ def excess(decoder, mean, log_variance):
     return cost(mean.flatten(start_dim=1), log_variance.flatten(start_dim=1).exp()) - best
 
 
-@pytest.mark.parametrize(("steps", "share"), [(1, 1.5), (2, 0.9), (4, 0.7), (16, 0.2), (64, 0.04)])
-def test_no_number_of_steps_diverges(sharp, steps, share):
+@pytest.mark.parametrize(
+    ("optimizer", "steps", "share"),
+    [
+        *(("natural", *pair) for pair in ((1, 1.5), (2, 0.9), (4, 0.7), (16, 0.2), (64, 0.04))),
+        *(("lbfgs", *pair) for pair in ((1, 1.5), (2, 0.9), (4, 0.9), (16, 0.9), (64, 0.9))),
+    ],
+)
+def test_no_number_of_steps_diverges(sharp, optimizer, steps, share):
     """What is left of the prior's excess; the noise of a single step may cost more than it brings."""
-    prior, fitted = (infer_posterior(sharp, sharp.texts(TEXTS), num_inference_steps=number) for number in (0, steps))
+    prior, fitted = (
+        infer_posterior(sharp, sharp.texts(TEXTS), num_inference_steps=number, inference_optimizer=optimizer)
+        for number in (0, steps)
+    )
     at_prior, left = (excess(sharp, q.mean, q.log_variance) for q in (prior, fitted))
     assert fitted.num_non_finite == 0
     assert (left > -1e-3 * at_prior).all()  # nothing is better than the best

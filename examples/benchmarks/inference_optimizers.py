@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from ltm_hf.configuration_ltm import InferenceSettings
-from ltm_hf.posterior_ltm import AdamWInference, InferenceOptimizer, NaturalInference
+from ltm_hf.posterior_ltm import AdamWInference, InferenceOptimizer, LBFGSInference, NaturalInference
 
 
 def constant(rate: float) -> Callable[[int], float]:
@@ -28,7 +28,8 @@ class NaturalVariant:
 
     rates: step to ρ. curvature: of the likelihood, what S follows beside the prior's 1; "stein", g·ε·√S; "centred",
     (g + m)·ε·√S, whose mean is the same and whose noise is less where g is near -m, its place of rest; "square", g²;
-    "fisher", squares of gradients at labels that the model draws; None holds S. momentum: of the mean's steps.
+    "fisher", squares of gradients at labels that the model draws; "secant", one number for each latent, what a move of
+    the means changed of the gradient, along the move, which S - 1 becomes; None holds S. momentum: of the mean's steps.
     damping: added to S where it divides. limit: most that a channel's mean moves in a step, in standard deviations.
     bounds: least and most of u = ρ d/S, the relative change of S, which becomes S (1 + u + ½u²).
     layers: factor of ρ for each layer's means. particles: gradients to average for each step; `antithetic` ones come
@@ -39,14 +40,14 @@ class NaturalVariant:
 
     def __init__(
         self, mean, log_variance, settings: InferenceSettings, rates=None, curvature="stein", momentum=0.0, damping=0.0,
-        limit=None, bounds=(-math.inf, math.inf), layers=None, particles=1, average=None,
+        limit=0.5, bounds=(-0.5, 1.0), layers=None, particles=1, average=None,
     ):  # fmt: skip
         self.mean, self.log_variance = mean, log_variance
         self.rates, self.curvature, self.momentum, self.damping = rates or inverse(0.5), curvature, momentum, damping
         self.limit, self.bounds, self.particles, self.average = limit, bounds, particles, average
         self.layers = 1.0 if layers is None else torch.tensor(layers).view(-1, 1, 1)
         self.steps, self.num_steps = 0, settings.num_inference_steps // particles
-        self.held, self.velocity, self.iterates = [], torch.zeros_like(mean), []
+        self.held, self.velocity, self.iterates, self.last = [], torch.zeros_like(mean), [], None
 
     def update(self, gradient, epsilon, step_size):
         self.held.append((gradient, (gradient + self.mean if self.curvature == "centred" else gradient) * epsilon))
@@ -56,7 +57,14 @@ class NaturalVariant:
         self.held = []
         rate, precision = self.rates(self.steps), (-self.log_variance).exp()
         spread = precision.rsqrt()
-        if self.curvature is not None:
+        if self.curvature == "secant":
+            if self.last is not None:
+                moved, changed = self.mean - self.last[0], gradient - self.last[1]
+                curvature = (moved * changed).sum(-1, keepdim=True) / (moved**2).sum(-1, keepdim=True).clamp(min=1e-12)
+                precision = 1 + curvature.clamp(min=0).expand_as(moved)
+                self.log_variance = -precision.log()
+            self.last = self.mean, gradient
+        elif self.curvature is not None:
             if self.curvature == "square":
                 curvature = gradient**2
             elif self.curvature == "fisher":
@@ -67,8 +75,7 @@ class NaturalVariant:
             precision = precision * (1 + change + 0.5 * change**2)
             self.log_variance = -precision.log()
         move = rate * self.layers * (self.mean + gradient) / (precision + self.damping)
-        if self.limit is not None:
-            move = move.clamp(-self.limit * spread, self.limit * spread)
+        move = move.clamp(-self.limit * spread, self.limit * spread)
         self.velocity = self.momentum * self.velocity - move
         self.mean = self.mean + self.velocity
         self.steps += 1
@@ -77,6 +84,13 @@ class NaturalVariant:
             if self.steps == self.num_steps:
                 means, variances = (torch.stack(values).mean(dim=0) for values in zip(*self.iterates, strict=True))
                 self.mean, self.log_variance = means, variances.log()
+
+
+class MeansAlone(LBFGSInference):
+    """L-BFGS that leaves the precision alone."""
+
+    def _curvature(self):
+        return torch.zeros_like(self._moves[-1])
 
 
 class TwoSchedules(AdamWInference):
@@ -141,24 +155,27 @@ _DEFAULT = dict(
 
 CANDIDATES: dict[str, Candidate] = {
     "natural (default)": Candidate(NaturalInference, _DEFAULT),
+    "L-BFGS": Candidate(LBFGSInference),
+    "L-BFGS, precision 1": Candidate(MeansAlone),
+    "natural, unbounded": _natural(limit=math.inf, bounds=(-math.inf, math.inf)),
     "natural, step 0.3": _natural(rates=constant(0.3)),
     "natural, steps 1/(1 + t)": _natural(rates=inverse(1.0)),
     "natural, precision 1, step 0.3": _natural(rates=constant(0.3), curvature=None),
     "natural, precision 1": _natural(curvature=None),
-    "natural, centred Stein": _natural(curvature="centred"),
     "natural, squared gradients": _natural(curvature="square"),
     "natural, Gauss-Newton": _natural(curvature="fisher", gradients=2),
     "natural, momentum 0.5": _natural(momentum=0.5),
     "natural, damping 1": _natural(damping=1.0),
-    "natural, limit 1": _natural(limit=1.0),
-    "natural, limit 3": _natural(limit=3.0),
-    "natural, limit 0.5, bounds -0.5, 1": _natural(limit=0.5, bounds=(-0.5, 1.0)),
-    "natural, limit 0.5, bounds -0.5, 1, centred": _natural(limit=0.5, bounds=(-0.5, 1.0), curvature="centred"),
-    "natural, limit 0.5, bounds -0.5, 1, 0.7/(1 + 0.7 t)": _natural(limit=0.5, bounds=(-0.5, 1.0), rates=inverse(0.7)),
-    "natural, limit 0.25, bounds -0.5, 1": _natural(limit=0.25, bounds=(-0.5, 1.0)),
+    "natural, centred": _natural(curvature="centred"),
+    "natural, steps 0.7/(1 + 0.7 t)": _natural(rates=inverse(0.7)),
+    "natural, means by 0.25 at most": _natural(limit=0.25),
     "natural, antithetic pairs": _natural(particles=2, noise="antithetic"),
     "natural, two particles": _natural(particles=2),
     "natural at the mean, precision 1": _natural(curvature=None, noise="none"),
+    "natural at the mean, precision 1, step 1": _natural(curvature=None, noise="none", rates=constant(1.0)),
+    "natural at the mean, precision 1, step 0.7": _natural(curvature=None, noise="none", rates=constant(0.7)),
+    "natural at the mean, secant": _natural(curvature="secant", noise="none"),
+    "natural at the mean, Gauss-Newton": _natural(curvature="fisher", noise="none", gradients=2),
     "natural, step 0.3, averaged": _natural(rates=constant(0.3), average=0.5),
     "natural from a read-out": _natural(start="read-out"),
     "natural, precision held, from a read-out": _natural(start="read-out", curvature=None),

@@ -40,6 +40,7 @@ class Recorder:
 
     def __init__(self, optimizer, at):
         self.optimizer, self.at, self.steps, self.kept = optimizer, at, 0, {}
+        self.at_mean = getattr(optimizer, "at_mean", False)
         self._keep()
 
     def _keep(self):
