@@ -18,10 +18,14 @@ from ltm_hf.posterior_ltm import (
 )
 
 SHAPE = (2, 2, 32)  # layers, latents a layer, hidden
-BOTH_OPTIMIZERS = pytest.mark.parametrize(
-    "settings",
-    [dict(inference_optimizer="natural"), dict(inference_optimizer="adamw", inference_learning_rate=0.3)],
-    ids=["natural", "adamw"],
+SETTINGS = {
+    "natural": dict(inference_optimizer="natural"),
+    "adamw": dict(inference_optimizer="adamw", inference_learning_rate=0.3),
+    "lbfgs": dict(inference_optimizer="lbfgs"),
+}
+ALL_OPTIMIZERS = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+THOSE_THAT_DRAW = pytest.mark.parametrize(
+    "settings", [SETTINGS[name] for name in ("natural", "adamw")], ids=["natural", "adamw"]
 )
 
 
@@ -233,6 +237,13 @@ def test_natural(model, ids, make_noise, schedule, precision):
         close(actual.log_variance, start.log_variance)
 
 
+def test_lbfgs_takes_no_noise(model, ids, make_noise):
+    settings = SETTINGS["lbfgs"]
+    same_posterior(model.infer_posterior(ids, **settings), model.infer_posterior(ids, seed=3, **settings), 0)
+    given = model.infer_posterior(ids, epsilon=make_noise(3, *SHAPE), **settings)
+    same_posterior(given, model.infer_posterior(ids, **settings), 0)
+
+
 def test_one_noise_for_all_steps(model, ids, make_noise):
     epsilon = make_noise(3, *SHAPE)
     constant = model.infer_posterior(ids, num_inference_steps=4, epsilon=epsilon)
@@ -240,7 +251,7 @@ def test_one_noise_for_all_steps(model, ids, make_noise):
     same_posterior(constant, repeated, 0)
 
 
-@BOTH_OPTIMIZERS
+@THOSE_THAT_DRAW
 def test_noise_fresh_or_fixed(model, ids, settings):
     latents = {}
     for noise in ("fresh", "fixed"):
@@ -271,7 +282,7 @@ def test_starts(model, ids):
     assert not torch.allclose(other_seed.mean, paper.mean)
 
 
-@BOTH_OPTIMIZERS
+@ALL_OPTIMIZERS
 def test_initial_posterior_is_left_alone(model, ids, make_noise, settings):
     start = random_posterior(make_noise)
     before = copy.deepcopy(start)
@@ -307,7 +318,7 @@ def test_elbo_trace_and_callback(model, ids):
 
 
 @torch.no_grad()
-@BOTH_OPTIMIZERS
+@THOSE_THAT_DRAW
 def test_inference_raises_the_bound(make_model, make_ids, settings):
     model, ids = make_model(initializer_range=0.15, cross_attention_gate_init=2.0), make_ids(rows=4, length=20)
     start = model.infer_posterior(ids, num_inference_steps=0, **settings)
@@ -365,7 +376,7 @@ def test_keys_depend_on_tokens_and_their_order_alone(ids, pad_rows):
     assert (sequence_keys(ids[:, 1:], ones[:, 1:]) != keys).all()
 
 
-@BOTH_OPTIMIZERS
+@THOSE_THAT_DRAW
 def test_seeds(model, ids, settings):
     first, again, other = (model.infer_posterior(ids, seed=seed, **settings) for seed in (0, None, 1))
     same_posterior(first, again, 0)
@@ -380,7 +391,7 @@ def test_equal_rows_get_equal_noise_and_others_do_not(model, make_ids):
     assert not torch.allclose(noise[0][0], noise[0][1], atol=0.1)
 
 
-@BOTH_OPTIMIZERS
+@ALL_OPTIMIZERS
 def test_generators_are_left_alone(model, ids, settings):
     before = torch.get_rng_state()
     model.elbo(ids, model.infer_posterior(ids, **settings), num_particles=2)
@@ -405,7 +416,7 @@ def test_dropout_in_training_does_not_reach_inference(make_model, ids):
 # ------------------------------------------------------------------ rows
 
 
-@BOTH_OPTIMIZERS
+@ALL_OPTIMIZERS
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("noise", ["fresh", "fixed"])
 def test_a_row_does_not_depend_on_its_batch(model, ids, pad_rows, settings, side, noise):
@@ -424,7 +435,7 @@ def test_a_row_does_not_depend_on_its_batch(model, ids, pad_rows, settings, side
     assert together.num_non_finite == 0
 
 
-@BOTH_OPTIMIZERS
+@ALL_OPTIMIZERS
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_with_nothing_to_explain_get_the_prior(model, ids, pad_rows, make_noise, settings, side):
     rows = [ids[0], ids[1, :0], ids[2, :1], ids[1]]
@@ -466,7 +477,7 @@ def test_labels_choose_what_is_explained(model, ids):
 # ------------------------------------------------------------------ non-finite objectives
 
 
-@BOTH_OPTIMIZERS
+@THOSE_THAT_DRAW
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_row_that_turns_non_finite_keeps_its_best(model, ids, make_noise, caplog, settings, bad):
     settings = settings | dict(inference_lr_schedule="constant")
@@ -484,7 +495,7 @@ def test_a_row_that_turns_non_finite_keeps_its_best(model, ids, make_noise, capl
     same_posterior(rows_of(posterior, [1]), rows_of(until_best, [1]), 0)
 
 
-@BOTH_OPTIMIZERS
+@ALL_OPTIMIZERS
 def test_a_row_that_was_never_finite_gets_the_prior(make_model, ids, caplog, settings):
     model = make_model(tie_word_embeddings=False)
     with torch.no_grad():
@@ -520,7 +531,7 @@ def test_a_step_that_overflows(model, ids, caplog):
 # ------------------------------------------------------------------ the frozen decoder
 
 
-@BOTH_OPTIMIZERS
+@ALL_OPTIMIZERS
 def test_weights_get_no_gradient(model, ids, settings):
     parameters = dict(model.named_parameters())
     frozen = parameters["model.norm.weight"]
@@ -550,7 +561,7 @@ def test_decoder_is_frozen_inside_and_free_after_an_error(model, ids):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
-@BOTH_OPTIMIZERS
+@ALL_OPTIMIZERS
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_inside_no_grad_and_inference_mode(model, make_ids, make_noise, settings, rows, context):
