@@ -13,10 +13,72 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from .configuration_ltm import InferenceSettings
-from .posterior_ltm import check_sequences, infer_posterior
+from .posterior_ltm import LatentPosterior, check_sequences, infer_posterior, processes_go_together
 
 # What generate() takes, and generation_config.json keeps, beside transformers' own. None: as in the model's config.
 _SETTINGS = (*(field.name for field in fields(InferenceSettings)), "inference_seed", "sample_latents", "reinfer_every")
+
+
+# ------------------------------------------------------------------ prompts of different lengths
+
+# What another bucket costs, in tokens of padding: a fast step takes as long for nothing as for 60 (ltm-small) to 110
+# tokens (ltm-tiny) on one CPU core, and more where kernels wait to be launched. Of 50 to 500, 256 is at most 7 % off.
+_BUCKET = 256
+
+
+def buckets(lengths: list[int]) -> list[list[int]]:
+    """The indices of each bucket: of all partitions in order of length, one with the least padding + _BUCKET each."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best = [(0, 0)]  # of the shortest `end`: tokens with padding, and where the last bucket starts
+    for end, index in enumerate(order, start=1):
+        best.append(min((best[start][0] + (end - start) * lengths[index] + _BUCKET, start) for start in range(end)))
+    parts, end = [], len(order)
+    while end:
+        start = best[end][1]
+        parts, end = [order[start:end], *parts], start
+    return parts
+
+
+def _trimmed(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Without the columns on either side that are padding in all rows."""
+    used = attention_mask.bool().any(dim=0).int()
+    columns = slice(int(used.argmax()), used.numel() - int(used.flip(0).argmax()))
+    return input_ids[:, columns], attention_mask[:, columns]
+
+
+@torch.inference_mode(False)
+def infer_in_buckets(model, input_ids, attention_mask=None, callback=None, **settings) -> LatentPosterior:
+    """`infer_posterior` of sequences (B, S) in buckets of similar length, so that little padding is computed.
+
+    Noise belongs to a sequence's tokens: the posterior is that of the padded batch. Its ELBO trace is too, but where
+    a bucket takes fewer steps (by its tolerance, or since it has nothing to explain) and repeats its last, or 0.
+    One bucket if there is a callback, which gets the whole batch, or if other processes must take as many steps.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    lengths = mask.bool().sum(dim=1).tolist()
+    together = callback is not None or processes_go_together(model)
+    parts = [list(range(len(lengths)))] if together else buckets(lengths)
+    posteriors = [
+        infer_posterior(model, *_trimmed(input_ids[rows], mask[rows]), callback=callback, **settings)
+        for rows in parts
+    ]
+    steps = max(len(posterior.elbo_trace) for posterior in posteriors)
+    joined = LatentPosterior(
+        torch.cat([posterior.mean for posterior in posteriors]),
+        torch.cat([posterior.log_variance for posterior in posteriors]),
+        torch.cat([_lengthened(posterior.elbo_trace, steps) for posterior in posteriors], dim=1),
+        torch.cat([posterior.keys for posterior in posteriors]),
+    )[torch.tensor(sum(parts, [])).argsort()]
+    joined.num_non_finite = sum(posterior.num_non_finite for posterior in posteriors)
+    return joined
+
+
+def _lengthened(trace: torch.Tensor, steps: int) -> torch.Tensor:
+    last = trace[-1:] if len(trace) else trace.new_zeros(1, trace.shape[1])
+    return torch.cat((trace, last.expand(steps - len(trace), -1)))
+
+
+# ------------------------------------------------------------------ generate()
 
 
 @dataclass
@@ -54,7 +116,8 @@ class LTMGenerationMixin(GenerationMixin):
         posterior: of the prompts, to skip inference: infer once, write many times.
         num_latent_samples: thoughts for each prompt, sampled from its posterior; each writes `num_return_sequences`
             texts. Rows of the result are grouped by prompt, then by thought.
-        inference_callback: called after each inference step, as `infer_posterior`'s `callback`.
+        inference_callback: called after each inference step, as `infer_posterior`'s `callback`. Prompts of different
+            lengths are then inferred in one padded batch, else in buckets, with the same posterior.
         inference_method, num_inference_steps, inference_learning_rate, …: as in `LTMConfig`, for this call. As
             everything that `GenerationConfig` holds, they can be set there and are saved with it.
         reinfer_every: infer again after every so many tokens, from all the text so far, and write on with its latents
@@ -105,7 +168,7 @@ class LTMGenerationMixin(GenerationMixin):
             raise ValueError(f"There are latents for {len(given)} sequences and prompts for {len(prompts)}.")
 
         def think(input_ids, attention_mask):
-            return infer_posterior(self, input_ids, attention_mask, callback=inference_callback, **settings)
+            return infer_in_buckets(self, input_ids, attention_mask, inference_callback, **settings)
 
         def read(posterior):
             return posterior.sample() if sample_latents else posterior.mean

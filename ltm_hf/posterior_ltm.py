@@ -571,16 +571,22 @@ class _EarlyStop:
         return self.stopped.all()
 
 
-def _on_all_processes(model, done: torch.Tensor) -> bool:
-    """Whether no process needs another step, where they go together: in training, and where weights are sharded.
+def processes_go_together(model) -> bool:
+    """Whether all processes must take the same steps: in training, and where weights are sharded.
 
     Elsewhere each goes its own way, and one alone may infer.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        fsdp2 = any(hasattr(module, "unshard") for module in model.modules())
-        if model.training or fsdp2 or any(hasattr(parameter, "ds_status") for parameter in model.parameters()):
-            done = done.to(torch.int32)
-            torch.distributed.all_reduce(done, torch.distributed.ReduceOp.MIN)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    fsdp2 = any(hasattr(module, "unshard") for module in model.modules())
+    return model.training or fsdp2 or any(hasattr(parameter, "ds_status") for parameter in model.parameters())
+
+
+def _on_all_processes(model, done: torch.Tensor) -> bool:
+    """Whether no process needs another step, where they go together."""
+    if processes_go_together(model):
+        done = done.to(torch.int32)
+        torch.distributed.all_reduce(done, torch.distributed.ReduceOp.MIN)
     return bool(done)
 
 
