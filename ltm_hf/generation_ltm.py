@@ -59,8 +59,7 @@ def infer_in_buckets(model, input_ids, attention_mask=None, callback=None, **set
     together = callback is not None or processes_go_together(model)
     parts = [list(range(len(lengths)))] if together else buckets(lengths)
     posteriors = [
-        infer_posterior(model, *_trimmed(input_ids[rows], mask[rows]), callback=callback, **settings)
-        for rows in parts
+        infer_posterior(model, *_trimmed(input_ids[rows], mask[rows]), callback=callback, **settings) for rows in parts
     ]
     steps = max(len(posterior.elbo_trace) for posterior in posteriors)
     joined = LatentPosterior(
