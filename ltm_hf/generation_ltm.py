@@ -4,6 +4,7 @@ The latents become keys and values before anything expands for beams or `num_ret
 tensor among the model's keyword arguments, so that every decoding method and cache of `GenerationMixin` works.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -96,6 +97,11 @@ class _Reinference:
 
 
 class LTMGenerationMixin(GenerationMixin):
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # At each token, transformers reads the signature of a `forward` that is not its own.
+        cls.forward.__signature__ = inspect.signature(cls.forward)
+
     @torch.no_grad()
     def generate(
         self,
