@@ -26,6 +26,8 @@ posteriors of prompts of different lengths in buckets and in one padded batch.
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -96,10 +98,10 @@ def prompts_of(lengths, vocab_size: int, device) -> tuple[torch.Tensor, torch.Te
     return ids.to(device), mask.long().to(device)
 
 
+@torch._dynamo.config.patch(recompile_limit=64)  # of a function: one is shared, with a few graphs for each model
 def measure_decoding(models, batch_size: int, args) -> tuple[dict, dict[str, bool]]:
     """Figures of inference, prefill and decoding for one batch size, and what agrees."""
     torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = 64  # of a function: these are one, with a few graphs for each model
     ltm = models["ltm"]
     ids, mask = prompts_of([args.prompt_length] * batch_size, ltm.config.vocab_size, args.device)
     watch, texts, num_graphs = Stopwatch(args.device), {}, 0
@@ -322,6 +324,9 @@ def parse(arguments=None) -> argparse.Namespace:
     if args.output and not Path(args.output).absolute().parent.is_dir():
         parser.error(f"--output: there is no folder {Path(args.output).parent}.")
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    inductor = "compiled" in args.caches and args.compile_backend == "inductor"
+    if inductor and args.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        parser.error("Compiling for the CPU needs a C++ compiler, g++; without one: --caches dynamic static.")
     return args
 
 
