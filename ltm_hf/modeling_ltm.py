@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_causal_mask,
@@ -384,7 +385,7 @@ def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, 
         )
 
 
-CHUNK_BYTES = 2**25  # of float32 logits, the most that `token_losses` holds at a time
+CHUNK_BYTES = 2**25  # of float32 logits, the most that the losses below hold at a time
 
 
 def token_losses(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -393,9 +394,8 @@ def token_losses(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Te
     A head that is frozen, or used without a graph, gets the scored tokens alone, a chunk at a time. All tokens at once
     go to one that learns or is compiled, and to one with hooks, which may count calls or gather weights at each.
     """
-    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
     hooked = head._forward_hooks or head._forward_pre_hooks
-    if learns or hooked or torch.compiler.is_compiling():
+    if _learns(head) or hooked or torch.compiler.is_compiling():
         logits = head(hidden_states)
         losses = F.cross_entropy(
             logits.float().flatten(0, 1),
@@ -409,6 +409,62 @@ def token_losses(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Te
     return losses.new_zeros(targets.shape).index_put(scored, losses)
 
 
+def mean_loss(
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Scalar float32 nats: the sum of `token_losses`, divided by num_items or else by the number of scored tokens.
+
+    A head that learns gets the scored tokens a chunk at a time, too: every token weighs the same in a mean, so that its
+    gradients need not wait for the backward pass. But only a plain `nn.Linear` whose gradient is its own to compute:
+    under adapters, hooks, sharding or torch.compile all tokens go to it at once.
+    """
+    if num_items is None:
+        num_items = (targets != IGNORED).sum()
+    if not (_learns(head) and _is_plain_linear(head)) or torch.compiler.is_compiling():
+        total = token_losses(head, hidden_states, targets).sum()
+        return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
+    targets = targets.to(hidden_states.device)
+    num_items = torch.as_tensor(num_items, dtype=torch.float32, device=hidden_states.device)
+    scored = (targets != IGNORED).nonzero(as_tuple=True)
+    return _LearningHeadLoss.apply(hidden_states[scored], targets[scored].long(), head.weight, num_items)
+
+
+def _learns(head: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether its output is input @ weight.T and nothing else happens, or is to be known, when it is called."""
+    weight = getattr(head, "weight", None)
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(weight) in (nn.Parameter, torch.Tensor)  # no DTensor
+        and not hasattr(weight, "ds_id")  # ZeRO-3's
+        and "forward" not in vars(head)  # accelerate's way to offload
+        and not any(hooks)
+    )
+
+
+def _chunks(vocab_size: int, *tensors: torch.Tensor):
+    """Rows of all tensors, (M, …) each, in even chunks whose logits take at most `CHUNK_BYTES`."""
+    rows = max(1, CHUNK_BYTES // (4 * vocab_size))
+    num_chunks = max(1, -(-len(tensors[0]) // rows))
+    return zip(*(x.chunk(num_chunks) for x in tensors), strict=True)
+
+
+def _cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p (M, 1) of targets (M, 1), and its gradient with respect to the logits (M, V), both float32."""
+    log_probabilities = logits.log_softmax(dim=-1, dtype=torch.float32)
+    losses = -log_probabilities.gather(1, targets)
+    excess = log_probabilities.exp_()  # probability less the target's one
+    return losses, excess.scatter_add_(1, targets, excess.new_full(targets.shape, -1.0))
+
+
 class _FrozenHeadLosses(torch.autograd.Function):
     """-log p (M,) of targets (M,) given hidden states (M, D). Forward has the logits, and takes the gradient too."""
 
@@ -416,25 +472,18 @@ class _FrozenHeadLosses(torch.autograd.Function):
     def forward(ctx, hidden_states, targets, head):
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden_states) if wants_gradient else hidden_states
-        rows = max(1, CHUNK_BYTES // (4 * head.out_features))
-        num_chunks = max(1, -(-len(targets) // rows))
         losses = []
-        for states, wanted, place in zip(
-            *(x.chunk(num_chunks) for x in (hidden_states, targets[:, None], gradient)), strict=True
-        ):
+        for states, wanted, place in _chunks(head.out_features, hidden_states, targets[:, None], gradient):
             with torch.set_grad_enabled(wants_gradient):
                 states = states.detach().requires_grad_(wants_gradient)
                 # By the head's own forward and backward, so that it may be of any class. It gets no leaf, which torch's
                 # FlopCounterMode could not watch.
                 logits = head(states.view_as(states))
-            log_probabilities = logits.detach().log_softmax(dim=-1, dtype=torch.float32)
-            losses.append(-log_probabilities.gather(1, wanted).squeeze(1))
+            loss, excess = _cross_entropy_(logits.detach(), wanted)
+            losses.append(loss.squeeze(1))
             if wants_gradient:
-                excess = log_probabilities.exp_()  # probability less the target's one: the gradient of the logits
-                excess.scatter_add_(1, wanted, excess.new_full(wanted.shape, -1.0))
                 place.copy_(torch.autograd.grad(logits, states, excess.to(logits.dtype))[0])
-                del excess
-            del logits, log_probabilities  # before the next chunk's
+            del logits, excess  # before the next chunk's
         if wants_gradient:
             ctx.save_for_backward(gradient)
         return torch.cat(losses)
@@ -444,6 +493,45 @@ class _FrozenHeadLosses(torch.autograd.Function):
     def backward(ctx, weights):
         (gradient,) = ctx.saved_tensors
         return weights[:, None].to(gradient.dtype) * gradient, None, None
+
+
+class _LearningHeadLoss(torch.autograd.Function):
+    """Σ -log p / num_items of targets (M,) given hidden states (M, D) and weight (V, D). Forward takes both gradients.
+
+    The weight's is summed in float32 or better, over chunks that under autocast are multiplied in half precision.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, targets, weight, num_items):
+        kind = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        # Cast here once: autocast would do it for each chunk, or keep a copy that has lost its graph.
+        matrix = weight.detach().to(dtype)
+        state_gradient = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
+        total = weight_gradient.new_zeros((), dtype=torch.float32)
+        places = hidden_states if state_gradient is None else state_gradient
+        with torch.autocast(kind, enabled=False):
+            for states, wanted, place in _chunks(len(weight), hidden_states, targets[:, None], places):
+                states = states.to(dtype)
+                losses, excess = _cross_entropy_(F.linear(states, matrix), wanted)
+                total += losses.sum()
+                excess = excess.div_(num_items).to(dtype)
+                if dtype == weight_gradient.dtype:
+                    torch.addmm(weight_gradient, excess.T, states, out=weight_gradient)
+                else:
+                    weight_gradient += excess.T @ states
+                if state_gradient is not None:
+                    place.copy_(excess @ matrix)
+                del excess  # before the next chunk's
+        ctx.save_for_backward(state_gradient, weight_gradient.to(weight.dtype))
+        return total / num_items
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, weight):
+        state_gradient, weight_gradient = (None if x is None else weight.to(x.dtype) * x for x in ctx.saved_tensors)
+        return state_gradient, None, weight_gradient, None
 
 
 class LTMEncoder(nn.Module):
@@ -526,7 +614,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        loss_reduction: str = "mean",
+        loss_reduction: str | None = None,
         **kwargs,
     ) -> LTMCausalLMOutputWithPast:
         """Logits (B, S, vocabulary) of the next token given latents, and the mean loss in nats a token given labels.
@@ -534,13 +622,16 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         latents: (B, L, N, D), or None for a plain windowed decoder (the same as latents of zero).
         latent_key_values: (B, L, 2, K, N, d) from `project_latents`, in place of `latents`.
         labels: (B, S), shifted inside; -100 is not scored. `num_items_in_batch` divides the sum if given.
-        loss_reduction: "none" gives the loss of each token (B, S - 1), 0 where not scored, and no logits: see
-            `token_losses`.
+        loss_reduction: with labels, a loss and no logits, which need never exist all at once. "mean" gives the same
+            loss (see `mean_loss`), "none" that of each token (B, S - 1), 0 where not scored (see `token_losses`).
 
         Raises ValueError for latents of another shape, or given twice.
         """
-        if loss_reduction not in ("mean", "none") or (loss_reduction == "none" and labels is None):
-            raise ValueError(f"loss_reduction must be 'mean', or 'none' with labels; got {loss_reduction!r}.")
+        if loss_reduction not in (None, "mean", "none") or (loss_reduction is not None and labels is None):
+            raise ValueError(
+                f"loss_reduction must be None or, with labels, 'mean' or 'none'; got {loss_reduction!r}"
+                f"{' without labels' if labels is None else ''}."
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -552,14 +643,18 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = loss = None
+        hidden_states, logits, loss = outputs.last_hidden_state, None, None
         if loss_reduction == "none":
-            loss = token_losses(self.lm_head, outputs.last_hidden_state[:, :-1], labels[:, 1:])
+            loss = token_losses(self.lm_head, hidden_states[:, :-1], labels[:, 1:])
+        elif loss_reduction == "mean" and self.loss_function is ForCausalLMLoss and kwargs.get("shift_labels") is None:
+            num_items = kwargs.get("num_items_in_batch")
+            loss = mean_loss(self.lm_head, hidden_states[:, :-1], labels[:, 1:], num_items)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        if labels is not None and loss is None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            logits = self.lm_head(hidden_states[:, kept, :])
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            logits = logits if loss_reduction is None else None
         return LTMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -5,9 +5,10 @@
 Symbols: B sequences on a GPU at a time, S tokens of a sequence, L layers, n latents a layer, D hidden, V vocabulary,
 T inference steps, P parameters.
 
-Memory is what autograd saves under SDPA attention, with no dropout and no kernel fused. The slow step's logits weigh
-most: at the start of its backward pass three float32 arrays of B·S·V live at once (log-softmax, its gradient and the
-loss's). The fast loop has them in chunks (`token_losses`).
+Memory is what autograd saves under SDPA attention, with no dropout and no kernel fused. Logits exist in chunks only, in
+the fast loop (`token_losses`) and in the slow step (`mean_loss`). Where the slow step needs all of them (adapters on
+the head, label smoothing, FSDP2, ZeRO-3), three float32 arrays of B·S·V live at the start of its backward pass instead:
+log-softmax, its gradient and the loss's.
 
 MFU is defined by the paper's own account: `paper_training_flops` x tokens a second / (GPUs x the peak of dense
 bfloat16), whatever the precision. The two published step times imply 0.166 (LTM-Medium) and 0.162 (LTM-Large).
@@ -54,7 +55,7 @@ class Memory:
 
     weights, gradients, adam: float32, this GPU's share; gathered copies and DDP's buckets are counted with them.
     slow_activations, fast_activations: what autograd saves in the slow step and in a fast step, logits aside.
-    slow_logits: of the loss, at the start of the backward pass. fast_logits: of a chunk, and what stands beside them.
+    slow_logits, fast_logits: of a chunk and what stands beside it, or of all tokens, at the start of the backward pass.
         With gradient checkpointing, of a layer computed again where that is more.
     latents: posteriors, their optimiser and the samples of the fast loop; not needed in the slow step.
     """
@@ -104,18 +105,20 @@ def training_memory(
     _check_choice("precision", precision, PRECISIONS)
     _check_choice("sharding", sharding, SHARDINGS)
     tokens = checked_length(config, sequence_length)
-    slow_logits = 3 * 4 * batch_size * tokens * config.vocab_size
-    fast_logits = _fast_logits(config, batch_size * (tokens - 1), precision) if config.num_latents else 0
-    (fast, fast_again), (slow, slow_again) = (
-        _activations(config, batch_size, tokens, precision, gradient_checkpointing, frozen) for frozen in (True, False)
-    )
+    scored, sharded = batch_size * (tokens - 1), sharding in ("zero3", "fsdp2")
+    slow_logits = _chunk(config, scored, precision, frozen=False)
+    if sharded:  # a head whose weight is gathered by hooks takes all tokens at once
+        slow_logits = 3 * 4 * batch_size * tokens * config.vocab_size
+    fast_logits = _chunk(config, scored, precision, frozen=True) if config.num_latents else 0
+    setting = (config, batch_size, tokens, precision, gradient_checkpointing)
+    (fast, fast_again), (slow, slow_again) = _activations(*setting, True), _activations(*setting, False, not sharded)
     weights = gradients = 4 * count_parameters(config)
     adam = 2 * weights
     if sharding != "ddp":
         gradients, adam = gradients // num_gpus, adam // num_gpus
     elif num_gpus > 1:
         gradients *= 2  # DDP's buckets
-    if sharding in ("zero3", "fsdp2") and num_gpus > 1:
+    if sharded and num_gpus > 1:
         weights += weights // num_gpus
     arrays = 0
     if config.num_latents:
@@ -133,21 +136,27 @@ def training_memory(
     )
 
 
-def _fast_logits(config: LTMConfig, scored: int, precision: str) -> int:
+def _chunk(config: LTMConfig, scored: int, precision: str, frozen: bool) -> int:
     """Bytes of a chunk's logits and log-softmax, and of all hidden states, which are copied to leave some out."""
+    bf16, size = precision == "bf16", config.hidden_size * config.vocab_size
     rows = min(max(1, scored), max(1, CHUNK_BYTES // (4 * config.vocab_size)))
     rows = -(-scored // max(1, -(-scored // rows)))  # chunks are even
-    chunk = rows * config.vocab_size * (2 + 4 + 4 if precision == "bf16" else 4 + 4)  # log-softmax makes a copy of bf16
-    copies = 2 * config.hidden_size * config.vocab_size if precision == "bf16" else 0
-    return chunk + copies + 3 * 4 * scored * config.hidden_size
+    chunk = rows * config.vocab_size * (2 + 4 + 4 if bf16 else 4 + 4)  # log-softmax makes a copy of bf16
+    copies = 2 * size if bf16 else 0
+    states = 4 * scored * config.hidden_size
+    if frozen:
+        return chunk + copies + 3 * states
+    if bf16:  # a chunk's product, on its way into the weight's gradient
+        chunk = max(chunk, rows * config.vocab_size * (4 + 2) + 2 * size)
+    return max(chunk + copies + states, 3 * states)  # or, in the backward pass, the last norm's
 
 
 def _activations(
-    config: LTMConfig, batch: int, length: int, precision: str, checkpointing: bool, frozen: bool
+    config: LTMConfig, batch: int, length: int, precision: str, checkpointing: bool, frozen: bool, chunked: bool = True
 ) -> tuple[int, int]:
     """Bytes that autograd saves in one forward pass, logits aside, and those that the backward pass computes again.
 
-    frozen: only the latents want a gradient.
+    frozen: only the latents want a gradient. chunked: the head's gradients are taken in the forward pass.
     """
     hidden, queries, keys = widths(config)
     heads, inner, n = config.num_attention_heads, config.intermediate_size, config.latents_per_layer
@@ -180,13 +189,21 @@ def _activations(
     layer = tokens * (self_part + cross_part + norm(2) + mlp) + batch * latents
     copies = 2 * (2 * hidden * queries + 2 * hidden * keys) if bf16 else 0  # of an attention's weights
     layer += copies * (2 if n else 1) + (2 * 3 * hidden * inner if bf16 else 0)
-    # A frozen head has given its gradient already; another keeps its copy.
-    head = tokens * norm(1) + (4 * tokens * hidden if frozen else 2 * hidden * config.vocab_size if bf16 else 0)
+    # Of the head: its gradients, if it has given them already, or its copy.
+    head = tokens * norm(1)
+    if chunked:
+        head += 4 * tokens * hidden
+        if learns:  # and does not keep what it read
+            head += 4 * hidden * config.vocab_size - tokens * (2 if bf16 else 4) * hidden
+    elif bf16:
+        head += 2 * hidden * config.vocab_size
     if checkpointing:
         # A layer's input is kept, and the mask. One layer at a time is computed again, once the logits are gone, beside
         # the gradients of what enters and leaves it.
         kept = config.num_hidden_layers * tokens * 4 * hidden + (tokens * length if masked else 0) + head
-        return kept, layer + 2 * 4 * tokens * hidden
+        # The peak comes when head and MLP have let go of what they had for their own weights.
+        gone = tokens * (4 * hidden + size * inner) if chunked and learns else 0
+        return kept, layer + 2 * 4 * tokens * hidden - gone
     saved = config.num_hidden_layers * layer + head
     if frozen:  # before the first cross-attention nothing depends on latents
         saved -= tokens * (self_part + norm(1)) + (copies + 2 * hidden * queries if bf16 else 0)

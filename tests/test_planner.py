@@ -4,6 +4,7 @@ import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ltm_hf import LTMConfig, LTMForCausalLM, preset_config
+from ltm_hf import LTMConfig, LTMForCausalLM, modeling_ltm, preset_config
 from ltm_hf.planner import GPUS, PAPER_MFU, USABLE_MEMORY, plan, training_memory
 from ltm_hf.posterior_ltm import frozen, negative_log_likelihood
 
@@ -66,8 +67,11 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def measure(config, batch, length, precision, checkpointing=False, tensors=nullcontext):
-    """Of the slow step and of a fast step: bytes kept for the backward pass without the logits, and the peak of it."""
+def measure(config, batch, length, precision, checkpointing=False, tensors=nullcontext, chunked=True):
+    """Of the slow step and of a fast step: bytes kept for the backward pass without the logits, and the peak of it.
+
+    chunked: the slow step makes its logits in chunks.
+    """
     with tensors():
         model = LTMForCausalLM._from_config(config, attn_implementation="sdpa").train()
         if checkpointing:
@@ -77,8 +81,9 @@ def measure(config, batch, length, precision, checkpointing=False, tensors=nullc
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         with Alive(*model.parameters()) as slow:
             with autocast:
-                loss = model(input_ids=ids, latents=latents, labels=ids, use_cache=False).loss
-            measured = [slow.now - 4 * batch * length * config.vocab_size]
+                given = dict(latents=latents, labels=ids, use_cache=False)
+                loss = model(input_ids=ids, **given, loss_reduction="mean" if chunked else None).loss
+            measured = [slow.now - (0 if chunked else 4 * batch * length * config.vocab_size)]
             loss.backward()
         measured.append(slow.peak)
         if latents is not None:
@@ -103,10 +108,19 @@ def planned(memory):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_memory_is_what_torch_keeps(variant, precision):
-    """To 2 %: rotary tables, log-variances and labels are left out."""
+    """To 3 %: rotary tables, log-variances and labels are left out, and what a layer's backward pass has for itself."""
     config = LTMConfig(**BASE | VARIANTS[variant])
     memory = training_memory(config, 6, 64, precision=precision)
-    assert planned(memory) == pytest.approx(measure(config, 6, 64, precision), rel=0.02)
+    assert planned(memory) == pytest.approx(measure(config, 6, 64, precision), rel=0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_with_all_logits(precision):
+    """What a sharded head needs, here on one process."""
+    config = LTMConfig(**BASE)
+    memory = training_memory(config, 6, 64, precision=precision, sharding="fsdp2")
+    measured = measure(config, 6, 64, precision, chunked=False)
+    assert planned(memory) == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("preset", ["ltm-small", "ltm-medium", "ltm-large"])
@@ -117,6 +131,7 @@ def test_memory_of_the_presets(preset, checkpointing, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "nonzero", lambda x, as_tuple: torch.unravel_index(torch.arange(x.numel()), x.shape)
     )
+    monkeypatch.setattr(modeling_ltm, "_is_plain_linear", lambda head: True)  # nor does a parameter know its class
     config = preset_config(preset)
     memory = training_memory(config, 64, gradient_checkpointing=checkpointing)
     measured = measure(config, 64, 1024, "bf16", checkpointing, tensors=FakeTensorMode)
@@ -139,7 +154,8 @@ def test_memory_of_a_whole_step(optimizer):
     with Alive(*model.parameters()) as fast:
         posterior = model.infer_posterior(ids)
     with Alive(*model.parameters()) as slow:
-        model(ids, latents=posterior.sample(0), labels=ids, use_cache=False).loss.backward()
+        given = dict(latents=posterior.sample(0), labels=ids, use_cache=False)
+        model(ids, **given, loss_reduction="mean").loss.backward()
     assert kept == 3 * held and memory.weights == held
     assert [memory.fast_loop, memory.slow_step] == pytest.approx([4 * held + fast.peak, 4 * held + slow.peak], rel=0.05)
 
@@ -170,9 +186,14 @@ def test_one_mfu_gives_both_published_step_times(preset):
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_published_memory(preset):
-    """Within 10 % and 1 %. Their split differs: a further layer takes 1.5 GiB of theirs and 2.4 GiB here."""
+    """Within 10 % and 1 %, with the slow step's logits all at once, as they have them and a sharded head here.
+
+    Their split differs: a further layer takes 1.5 GiB of theirs and 2.4 GiB here.
+    """
     _, mebibytes, tolerance = PUBLISHED[preset]
     memory = plan(preset_config(preset), 3e9, num_gpus=8, per_device_batch_size=64).memory
+    whole = training_memory(preset_config(preset), 64, sharding="fsdp2")
+    memory = replace(memory, slow_activations=whole.slow_activations, slow_logits=whole.slow_logits)
     assert memory.peak / 2**20 == pytest.approx(mebibytes, rel=tolerance)
 
 

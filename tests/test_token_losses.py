@@ -181,7 +181,8 @@ def test_losses_of_tokens(model, ids):
     torch.testing.assert_close(output.loss.mean(), model(ids, labels=ids).loss)
 
 
-@pytest.mark.parametrize("given", [dict(loss_reduction="sum"), dict(loss_reduction="none")])
-def test_bad_reduction(model, ids, given):
-    with pytest.raises(ValueError, match="loss_reduction must be 'mean', or 'none' with labels; got"):
-        model(ids, labels=ids if given["loss_reduction"] == "sum" else None, **given)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+def test_bad_reduction(model, ids, reduction):
+    sentence = "loss_reduction must be None or, with labels, 'mean' or 'none'; got"
+    with pytest.raises(ValueError, match=f"{sentence} {reduction!r}"):
+        model(ids, labels=ids if reduction == "sum" else None, loss_reduction=reduction)

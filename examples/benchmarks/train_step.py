@@ -8,13 +8,13 @@ The model is newly initialised and the token ids are random (seeded): the cost d
 
 - fast step: the time of one `model.infer_posterior(...)` call divided by its T steps. It includes all that the call
   does: checking the input, drawing the start and the noise, T forwards, T gradients of the latents, T updates.
-- slow step: forward, backward and an AdamW step on the weights, at latents drawn from the posterior. The draw is
-  included, gradient clipping is not. It is the same step in both ways.
-- published way: the same fast loop done naively. The decoder is not frozen, so that every step also computes and
-  accumulates the weight gradients; every step makes all logits of the batch, and nothing is kept from step to step.
-  Measured in turn with the other two, and checked to give the same posterior.
-- peak memory: on a GPU of each phase, the weights and their optimiser's state included; on a CPU of a process that runs
-  nothing but that phase, Python and torch included (`--only`).
+- slow step: forward, backward and an AdamW step (fused, as `Trainer` has it) on the weights, at latents drawn from the
+  posterior, with the loss that `LTMTrainer` asks for. The draw is included, gradient clipping is not.
+- published way: the same two done naively. In the fast loop the decoder is not frozen, so that every step also computes
+  and accumulates the weight gradients; every step, fast or slow, makes all logits of the batch, and nothing is kept
+  from step to step. Measured in turn with ours, and checked to give the same posterior, slow loss and gradient.
+- peak memory: of each phase, the weights and their optimiser's state included; on a CPU of a process that runs nothing
+  but that phase, Python and torch included (`--only`).
 - FLOPs: counted by torch on one sequence with eager attention, which computes all S x S scores whatever the window.
 
 Milliseconds are medians of the repeats, with their smallest and largest; warm-up is left out. A training step is T
@@ -42,7 +42,7 @@ from ltm_hf.configuration_ltm import InferenceSettings
 from ltm_hf.flops import count_flops, count_parameters, paper_training_flops
 from ltm_hf.posterior_ltm import INFERENCE_OPTIMIZERS, keyed_normal, step_size
 
-PHASES = ("fast_step", "slow_step", "published_fast_step")
+PHASES = ("fast_step", "slow_step", "published_fast_step", "published_slow_step")
 
 
 def noise(start: LatentPosterior, step: int) -> torch.Tensor:
@@ -71,8 +71,10 @@ def infer_posterior_unfrozen(model, input_ids, num_inference_steps: int | None =
     return LatentPosterior(optimizer.mean.detach(), optimizer.log_variance.detach())
 
 
-def slow_loss(model, input_ids, posterior) -> torch.Tensor:
-    return model(input_ids=input_ids, latents=posterior.sample(seed=0), labels=input_ids, use_cache=False).loss
+def slow_loss(model, input_ids, posterior, loss_reduction: str | None = "mean") -> torch.Tensor:
+    """Nats a token; None for the reduction makes all logits."""
+    given = dict(latents=posterior.sample(seed=0), labels=input_ids, use_cache=False)
+    return model(input_ids=input_ids, **given, loss_reduction=loss_reduction).loss
 
 
 def build_model(args) -> torch.nn.Module:
@@ -86,13 +88,28 @@ def build_model(args) -> torch.nn.Module:
     return model
 
 
-def difference(model, input_ids) -> float:
-    """The two ways' posteriors: |a - b| / |a|, the larger of mean and log-variance."""
+def relative_difference(pairs) -> float:
+    """The largest |a - b| / |a| of pairs of tensors."""
+    return max(float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in pairs)
+
+
+def slow_difference(model, input_ids) -> float:
+    """The two ways' slow steps: losses and all gradients."""
+    posterior, results = model.infer_posterior(input_ids, num_inference_steps=0), []
+    for reduction in ("mean", None):
+        loss = slow_loss(model, input_ids, posterior, reduction)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    return relative_difference(zip(*results, strict=True))
+
+
+def posterior_difference(model, input_ids) -> float:
+    """The two ways' posteriors: mean and log-variance."""
     start = model.infer_posterior(input_ids, num_inference_steps=0)
     epsilon = torch.stack([noise(start, step) for step in range(model.config.num_inference_steps)])
     frozen, unfrozen = model.infer_posterior(input_ids, epsilon=epsilon), infer_posterior_unfrozen(model, input_ids)
-    pairs = ((frozen.mean, unfrozen.mean), (frozen.log_variance, unfrozen.log_variance))
-    return max(float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in pairs)
+    return relative_difference(((frozen.mean, unfrozen.mean), (frozen.log_variance, unfrozen.log_variance)))
 
 
 def count(model, input_ids) -> dict[str, int]:
@@ -101,10 +118,11 @@ def count(model, input_ids) -> dict[str, int]:
     model.set_attn_implementation("eager")
     posterior = model.infer_posterior(row, num_inference_steps=1)
     counted = {
-        "forward": lambda: slow_loss(model, row, posterior),
+        "forward": lambda: slow_loss(model, row, posterior, None),
         "fast_step": lambda: model.infer_posterior(row),
         "slow_step": lambda: slow_loss(model, row, posterior).backward(),
         "published_fast_step": lambda: infer_posterior_unfrozen(model, row, num_inference_steps=1),
+        "published_slow_step": lambda: slow_loss(model, row, posterior, None).backward(),
     }
     flops = {name: count_flops(function) // row.numel() for name, function in counted.items()}
     flops["fast_step"] //= model.config.num_inference_steps
@@ -114,16 +132,24 @@ def count(model, input_ids) -> dict[str, int]:
 
 
 def make_phases(model, input_ids) -> dict:
-    """What is measured, by name. A slow step with no fast step before it starts at the prior."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    """What is measured, by name. A slow step with no fast step before it starts at the prior.
+
+    The optimiser has its state from the start: in training all phases but those of the very first step find it there.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    for parameter in model.parameters():
+        moments = {
+            name: torch.empty_like(parameter).fill_(0) for name in ("exp_avg", "exp_avg_sq")
+        }  # written to memory
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     posterior = model.infer_posterior(input_ids, num_inference_steps=0)
 
     def fast_loop():
         nonlocal posterior
         posterior = model.infer_posterior(input_ids)
 
-    def slow_step():
-        slow_loss(model, input_ids, posterior).backward()
+    def slow_step(loss_reduction="mean"):
+        slow_loss(model, input_ids, posterior, loss_reduction).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -131,7 +157,8 @@ def make_phases(model, input_ids) -> dict:
         infer_posterior_unfrozen(model, input_ids)
         optimizer.zero_grad()
 
-    return {"fast_step": fast_loop, "slow_step": slow_step, "published_fast_step": published_fast_loop}
+    ours = {"fast_step": fast_loop, "slow_step": slow_step}
+    return ours | {"published_fast_step": published_fast_loop, "published_slow_step": lambda: slow_step(None)}
 
 
 def measure(model, input_ids, repeats: int, warmup: int) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -153,7 +180,7 @@ def measure(model, input_ids, repeats: int, warmup: int) -> tuple[dict[str, list
 
     for _ in range(warmup + repeats):
         for phase, function in phases.items():
-            timed(phase, function, 1 if phase == "slow_step" else steps)
+            timed(phase, function, 1 if phase.endswith("slow_step") else steps)
     return {phase: values[warmup:] for phase, values in times.items()}, peaks
 
 
@@ -192,11 +219,12 @@ def peak_of_process(phase: str, arguments: list[str]) -> int:
 
 
 def run_alone(args) -> int:
-    """Bytes: this process's peak after building the model and `args.only`, or after building it alone."""
+    """Bytes: this process's peak after building model and optimiser and `args.only`, or after building them alone."""
     model, input_ids = prepare(args)
     model.config.num_inference_steps = min(2, model.config.num_inference_steps)
+    phases = make_phases(model, input_ids)
     if args.only != "nothing":
-        make_phases(model, input_ids)[args.only]()
+        phases[args.only]()
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where ru_maxrss begins at the peak of the process that started this one
         return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -209,8 +237,9 @@ def benchmark(args, arguments: list[str]) -> dict:
     config = model.config
     steps, length = config.num_inference_steps, input_ids.shape[1]
 
-    same = difference(model, input_ids)
+    same = {"posterior": posterior_difference(model, input_ids)}
     model.zero_grad()
+    same["slow_step"] = slow_difference(model, input_ids)
     flops = count(model, input_ids)
     times, peaks = measure(model, input_ids, args.repeats, args.warmup)
     if args.device.type != "cuda":
@@ -219,7 +248,9 @@ def benchmark(args, arguments: list[str]) -> dict:
     milliseconds = {phase: statistics.median(values) for phase, values in times.items()}
     for figures in (milliseconds, flops):  # a training step is T fast steps and the slow one
         for way in ("", "published_"):
-            figures[f"{way}training_step"] = steps * figures[f"{way}fast_step"] + figures["slow_step"]
+            figures[f"{way}training_step"] = steps * figures[f"{way}fast_step"] + figures[f"{way}slow_step"]
+    for way in ("", "published_"):
+        peaks[f"{way}training_step"] = max(peaks[f"{way}{phase}"] for phase in ("fast_step", "slow_step"))
     return {
         "settings": {
             "preset": args.preset,
@@ -240,11 +271,12 @@ def benchmark(args, arguments: list[str]) -> dict:
         "milliseconds_range": {phase: [min(values), max(values)] for phase, values in times.items()},
         "tokens_per_second": 1000 * input_ids.numel() / milliseconds["training_step"],
         "time_ratio": milliseconds["training_step"] / milliseconds["published_training_step"],
+        "memory_ratio": peaks["training_step"] / peaks["published_training_step"],
         "flops_per_token": flops,
         "paper_flops_per_token": paper_training_flops(config, length),
         "fast_step_forwards": flops["fast_step"] / flops["forward"],
         "peak_memory_bytes": peaks,
-        "posterior_difference": same,
+        "relative_difference": same,
     }
 
 
@@ -252,7 +284,7 @@ def report(result: dict) -> str:
     settings, where, peaks = result["settings"], result["environment"], result["peak_memory_bytes"]
     tokens = settings["batch_size"] * settings["sequence_length"]
     rows = [("", "ms", "range", "tokens/s", "MFLOPs/token", "forwards", "peak MiB")]
-    for name in ("fast_step", "slow_step", "training_step", "published_fast_step", "published_training_step"):
+    for name in [f"{way}{step}_step" for way in ("", "published_") for step in ("fast", "slow", "training")]:
         milliseconds, flops = result["milliseconds"][name], result["flops_per_token"][name]
         spread = result["milliseconds_range"].get(name)
         rows.append(
@@ -275,11 +307,13 @@ def report(result: dict) -> str:
         "",
         *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows),
         "",
-        f"A training step takes {result['time_ratio']:.2f} of the published way's time; "
-        f"posteriors differ by {result['posterior_difference']:.1e} (relative).",
+        f"A training step takes {result['time_ratio']:.2f} of the published way's time, and {result['memory_ratio']:.2f} "
+        "of its peak memory.",
+        f"Relative differences: posteriors {result['relative_difference']['posterior']:.1e}, slow losses and gradients "
+        f"{result['relative_difference']['slow_step']:.1e}.",
     ]
     if "nothing" in peaks:
-        lines.append(f"Peak of a process that builds the model and stops: {peaks['nothing'] / 2**20:,.0f} MiB.")
+        lines.append(f"Peak of a process that builds model and optimiser: {peaks['nothing'] / 2**20:,.0f} MiB.")
     return "\n".join(lines)
 
 
@@ -333,8 +367,11 @@ def main() -> None:
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
     tolerance = 1e-3 if args.precision == "float32" else 1e-1
-    if not result["posterior_difference"] <= tolerance:
-        raise SystemExit(f"The two ways gave different posteriors: relative difference above {tolerance:g}.")
+    for what, difference in result["relative_difference"].items():
+        if not difference <= tolerance:
+            raise SystemExit(
+                f"The two ways differ in the {what.replace('_', ' ')}: {difference:.1e}, above {tolerance:g}."
+            )
 
 
 if __name__ == "__main__":

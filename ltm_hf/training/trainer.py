@@ -417,6 +417,12 @@ class LTMTrainer(ModelCardMixin, DualRateMixin, Trainer):
     def __init__(self, *args, data_collator=None, **kwargs):
         super().__init__(*args, data_collator=data_collator or collate_blocks, **kwargs)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As `Trainer`'s. All logits exist only for who reads them: the caller, or a loss function of the user's."""
+        if not return_outputs and self.compute_loss_func is None and "labels" in inputs:
+            inputs = {**inputs, "loss_reduction": "mean"}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+
 
 def _exp(nats: float) -> float:
     return math.exp(min(nats, 700.0))  # the largest that a float holds is e⁷⁰⁹

@@ -27,14 +27,20 @@ def test_benchmark(tmp_path):
     assert milliseconds["training_step"] == pytest.approx(2 * milliseconds["fast_step"] + milliseconds["slow_step"])
     assert result["tokens_per_second"] == pytest.approx(1000 * 2 * 24 / milliseconds["training_step"])
     peaks = result["peak_memory_bytes"]
-    assert set(peaks) == {"fast_step", "slow_step", "published_fast_step", "nothing"}
+    steps = {f"{way}{step}_step" for way in ("", "published_") for step in ("fast", "slow", "training")}
+    assert set(peaks) == steps | {"nothing"} and set(milliseconds) == set(flops) - {"forward"} == steps
     assert all(0.9 * peaks["nothing"] < peak < 2**33 for peak in peaks.values()) and len(set(peaks.values())) > 1
-    published = 2 * milliseconds["published_fast_step"] + milliseconds["slow_step"]
+    published = 2 * milliseconds["published_fast_step"] + milliseconds["published_slow_step"]
     assert result["time_ratio"] == pytest.approx(milliseconds["training_step"] / published)
+    published = max(peaks["published_fast_step"], peaks["published_slow_step"])
+    assert result["memory_ratio"] == max(peaks["fast_step"], peaks["slow_step"]) / published
 
-    assert result["posterior_difference"] < 1e-3
+    assert set(result["relative_difference"]) == {"posterior", "slow_step"}
+    assert all(0 < difference < 1e-3 for difference in result["relative_difference"].values())
     assert result["fast_step_forwards"] == flops["fast_step"] / flops["forward"] <= 2.1
     assert flops["published_fast_step"] == pytest.approx(3 * flops["forward"], rel=1e-3)
+    head = 3 * 2 * 128 * 2_048 // 24  # of the last token, which predicts nothing
+    assert flops["slow_step"] == pytest.approx(flops["published_slow_step"] - head, abs=1)
 
     assert "training step" in done.stdout and f"{result['time_ratio']:.2f} of the published" in done.stdout
 
