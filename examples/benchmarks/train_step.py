@@ -307,8 +307,8 @@ def report(result: dict) -> str:
         "",
         *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows),
         "",
-        f"A training step takes {result['time_ratio']:.2f} of the published way's time, and {result['memory_ratio']:.2f} "
-        "of its peak memory.",
+        f"A training step takes {result['time_ratio']:.2f} of the published way's time, "
+        f"and {result['memory_ratio']:.2f} of its peak memory.",
         f"Relative differences: posteriors {result['relative_difference']['posterior']:.1e}, slow losses and gradients "
         f"{result['relative_difference']['slow_step']:.1e}.",
     ]
