@@ -15,18 +15,21 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import (
+    AttentionMaskInterface,
     create_bidirectional_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
+    sdpa_mask,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedModel
 from transformers.models.mistral.modeling_mistral import (
     MistralAttention,
     MistralMLP,
@@ -63,6 +66,55 @@ def apply_rotary(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, 
     """Rotate (B, heads, positions, d) states. In cross-attention, queries and keys have positions of their own."""
     cos, sin = (table.unsqueeze(1) for table in position_embeddings)
     return states * cos + rotate_half(states) * sin
+
+
+# ------------------------------------------------------------------ attention within a window, on the CPU
+
+BANDED_SDPA = "banded_sdpa"  # an `attn_implementation`, and the default
+SHORTEST_BANDED = 192  # tokens; blocks save nothing below
+
+
+def band_block(window: int, length: int) -> int:
+    """Queries of a block of `banded_sdpa_attention_forward`; 0 where the whole mask is as fast (as measured)."""
+    block = max(32, window // 2)
+    return block if length >= SHORTEST_BANDED and 2 * length >= 3 * (window + block) else 0
+
+
+def banded_sdpa_mask(*args, local_size: int | None = None, **kwargs) -> torch.Tensor | None:
+    """transformers' mask for SDPA, which notes its window: a mask of the caller's own may let through anything."""
+    mask = sdpa_mask(*args, local_size=local_size, **kwargs)
+    if mask is not None and not torch.compiler.is_compiling():
+        mask.window = local_size
+    return mask
+
+
+def banded_sdpa_attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """SDPA in blocks of queries, each of which reads only the keys in its window; the same as under the whole mask.
+
+    query, key, value: (B, heads, S, d); returns (B, S, H, d). Where blocks save nothing, transformers' `sdpa`: on other
+    devices than the CPU, for texts not well above the window, with a cache, without a mask, under torch.compile.
+    """
+    window = None if torch.compiler.is_compiling() else getattr(attention_mask, "window", None)
+    banded = window is not None and query.device.type == "cpu" and query.shape[2] == key.shape[2]
+    size = band_block(window, query.shape[2]) if banded else 0
+    if not size:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # Not slices, whose gradients would each be as long as the text.
+    queries, keys, values = (states.split(size, dim=2) for states in (query, key, value))
+    outputs = []
+    for number, block in enumerate(queries):
+        start = number * size
+        first = max(0, (start - window + 1) // size)
+        near_keys, near_values = (torch.cat(blocks[first : number + 1], dim=2) for blocks in (keys, values))
+        mask = attention_mask[:, :, start : start + size, first * size : start + size]
+        outputs.append(sdpa_attention_forward(module, block, near_keys, near_values, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+AttentionInterface.register(BANDED_SDPA, banded_sdpa_attention_forward)
+AttentionMaskInterface.register(BANDED_SDPA, banded_sdpa_mask)
 
 
 class LTMCrossAttention(nn.Module):
@@ -199,6 +251,11 @@ class LTMPreTrainedModel(PreTrainedModel):
         "attentions": list(_SELF_ATTENTIONS.values()),
         "cross_attentions": LTMCrossAttention,
     }
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args, **kwargs) -> str:
+        """As transformers', with windows on the CPU where nobody asks for anything else."""
+        correct = super().get_correct_attn_implementation(requested_attention, *args, **kwargs)
+        return BANDED_SDPA if requested_attention is None and correct == "sdpa" else correct
 
     def save_pretrained(self, *args, **kwargs):
         """As transformers'. Under FSDP2 too, which puts the model into a class of its own, whose code it would save."""
