@@ -225,6 +225,11 @@ def run_alone(args) -> int:
     phases = make_phases(model, input_ids)
     if args.only != "nothing":
         phases[args.only]()
+    return peak_of_this_process()
+
+
+def peak_of_this_process() -> int:
+    """Bytes, Python and torch included."""
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where ru_maxrss begins at the peak of the process that started this one
         return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))

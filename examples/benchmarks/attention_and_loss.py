@@ -1,0 +1,362 @@
+"""Which attention within a window, and which vocabulary projection with its loss, is the fastest and smallest here.
+
+    python examples/benchmarks/attention_and_loss.py
+    python examples/benchmarks/attention_and_loss.py --preset ltm-small --batch-size 2 --sequence-length 1024 \\
+        --threads 1 --output attention_and_loss.json
+
+Three comparisons at the sizes of a preset, on random input (seeded), each against a naive reference:
+
+- attention: of one layer, forward and the gradients of queries, keys and values, all heads, causal within the preset's
+  window. The mask is made once before, as for all layers of a model. Reference: eager.
+- frozen loss: the vocabulary projection and cross-entropy of a fast step, forward and the gradient of the hidden states
+  alone. Reference: all logits. "padded" has zero rows added to the weight beforehand, up to a multiple of 64.
+- learning loss: the same of a slow step, forward and the gradients of hidden states and weight.
+
+All candidates of a comparison take turns in one process. Milliseconds are medians of the repeats, with the smallest and
+largest; warm-up is left out. Peak memory is, on a GPU, that of torch beyond the input; on a CPU that of a process that
+does nothing else, less that of one that only makes the input (`--only`). What is not available says why. Results that
+differ from the reference's by more than rounding end the script with an error. A process for each candidate takes its
+time to start: `--memory` asks for these.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from train_step import at_least, environment, peak_of_this_process, relative_difference
+from transformers import set_seed
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mistral.modeling_mistral import eager_attention_forward
+
+from ltm_hf import PRESETS, modeling_ltm, preset_config
+from ltm_hf.modeling_ltm import mean_loss, token_losses
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
+
+
+def importable(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+# ------------------------------------------------------------------ attention
+
+
+def attention_candidates(args, config) -> dict:
+    """Functions that return output and gradients, all (B, heads, S, d); or the reason why there is none."""
+    shape = (args.batch_size, args.length, config.num_attention_heads, config.head_dim)
+    # As projections give them: heads next to each other in memory.
+    states = [torch.randn(shape, device=args.device, dtype=args.dtype).transpose(1, 2).requires_grad_() for _ in "qkv"]
+    weights = torch.randn(shape, device=args.device, dtype=args.dtype)
+    module = SimpleNamespace(num_key_value_groups=1, is_causal=True, training=False, layer_idx=0)
+    embeddings = torch.empty(args.batch_size, args.length, 1, device=args.device, dtype=args.dtype)
+    window, scaling = config.sliding_window, config.head_dim**-0.5
+
+    def through_transformers(name):
+        config._attn_implementation = name
+        mask = create_sliding_window_causal_mask(config, embeddings, None, None, None)
+        attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+
+        def run():
+            output = attend(module, *states, mask, scaling=scaling, dropout=0.0, sliding_window=window)[0]
+            return output.detach(), *torch.autograd.grad(output, states, weights)
+
+        return run
+
+    def varlen():
+        from torch.nn.attention.varlen import varlen_attn
+
+        bounds = torch.arange(args.batch_size + 1, device=args.device, dtype=torch.int32) * args.length
+
+        def run():
+            packed = [x.transpose(1, 2).flatten(0, 1) for x in states]
+            ends = (bounds, bounds, args.length, args.length)
+            output = varlen_attn(*packed, *ends, scale=scaling, window_size=(window - 1, 0)).view(shape)
+            return output.detach(), *torch.autograd.grad(output, states, weights)
+
+        return run
+
+    def flash():
+        from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+        lazy_import_flash_attention("flash_attention_3")
+        return through_transformers("flash_attention_3")
+
+    cuda, half = args.device.type == "cuda", args.dtype != torch.float32
+    candidates = {name: through_transformers(name) for name in ("eager", "sdpa", "banded_sdpa")}
+    candidates["flex_attention"] = through_transformers("flex_attention") if cuda else "has no backward on the CPU"
+    kernels = {"varlen_attn": (varlen, "torch.nn.attention.varlen"), "flash_attention_3": (flash, "kernels")}
+    for name, (make, package) in kernels.items():
+        if not cuda:
+            candidates[name] = "needs a CUDA device"
+        elif not half:
+            candidates[name] = "needs --precision bfloat16"
+        elif not importable(package):
+            candidates[name] = f"{package} is not installed"
+        else:
+            candidates[name] = make()
+    return candidates
+
+
+# ------------------------------------------------------------------ losses
+
+
+class PaddedHead(nn.Linear):
+    """A head whose last outputs belong to no token: probability 0, and no gradient."""
+
+    def __init__(self, weight: torch.Tensor):
+        rows = -len(weight) % 64
+        super().__init__(weight.shape[1], len(weight) + rows, bias=False, device="meta")
+        self.weight = nn.Parameter(F.pad(weight, (0, 0, 0, rows)), requires_grad=False)
+        self.vocab_size = len(weight)
+
+    def forward(self, states):
+        logits = super().forward(states)
+        logits.detach()[..., self.vocab_size :] = -torch.inf  # not for autograd, in which nothing depends on it
+        return logits
+
+
+def with_chunks_of(bytes_, function):
+    def run():
+        before = modeling_ltm.CHUNK_BYTES
+        modeling_ltm.CHUNK_BYTES = bytes_
+        try:
+            return function()
+        finally:
+            modeling_ltm.CHUNK_BYTES = before
+
+    return run
+
+
+def loss_candidates(args, config, learns: bool) -> dict:
+    """Functions that return the loss summed over tokens, or its mean, and the gradients; or why there is none."""
+    size = (args.batch_size, args.length, config.hidden_size)
+    states = torch.randn(size, device=args.device, dtype=args.dtype).requires_grad_()
+    head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=args.device, dtype=args.dtype)
+    nn.init.normal_(head.weight, std=config.initializer_range)
+    head.requires_grad_(learns)
+    targets = torch.randint(config.vocab_size, size[:2], device=args.device)
+    reduction = "mean" if learns else "sum"
+
+    def gradients(loss_of):
+        def run():
+            loss = loss_of()
+            wanted = [states, head.weight] if learns else [states]
+            return loss.detach().float(), *torch.autograd.grad(loss, wanted)
+
+        return run
+
+    def all_logits():
+        return F.cross_entropy(head(states).float().flatten(0, 1), targets.flatten(), reduction=reduction)
+
+    def chunked(with_head=head):
+        return mean_loss(head, states, targets) if learns else token_losses(with_head, states, targets).sum()
+
+    def torchs(**options):
+        flat = states.flatten(0, 1), head.weight, targets.flatten()
+        return lambda: F.linear_cross_entropy(*flat, reduction=reduction, **options)
+
+    candidates = {"all logits": gradients(all_logits), "chunked": gradients(chunked)}
+    for factor in (1 / 4, 4):
+        size_ = int(factor * modeling_ltm.CHUNK_BYTES)
+        candidates[f"chunks of {size_ // 2**20} MiB"] = with_chunks_of(size_, gradients(chunked))
+    if not learns:
+        padded = PaddedHead(head.weight.detach())
+        candidates["chunked, padded"] = gradients(lambda: chunked(padded))
+    for name in ("linear_cross_entropy", "linear_cross_entropy, chunked"):
+        if not hasattr(F, "linear_cross_entropy"):
+            candidates[name] = "this torch has none"
+        elif name.endswith("chunked"):
+            candidates[name] = gradients(torchs(options=nn.LinearCrossEntropyOptions()))
+        else:
+            candidates[name] = gradients(torchs())
+
+    def liger():
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        flat = states.flatten(0, 1), head.weight, targets.flatten()
+        return gradients(lambda: liger_fused_linear_cross_entropy(*flat, reduction=reduction))
+
+    def cut():
+        from cut_cross_entropy import linear_cross_entropy
+
+        flat = states.flatten(0, 1), head.weight, targets.flatten()
+        return gradients(lambda: linear_cross_entropy(*flat, reduction=reduction))
+
+    for name, make in (("liger_kernel", liger), ("cut_cross_entropy", cut)):
+        if args.device.type != "cuda":
+            candidates[name] = "needs a CUDA device"
+        else:
+            candidates[name] = make() if importable(name) else "is not installed"
+    return candidates
+
+
+# ------------------------------------------------------------------ measuring
+
+COMPARISONS = {
+    "attention": attention_candidates,
+    "frozen loss": lambda *given: loss_candidates(*given, learns=False),
+    "learning loss": lambda *given: loss_candidates(*given, learns=True),
+}
+
+
+def prepare(args, comparison: str) -> dict:
+    set_seed(args.seed)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return COMPARISONS[comparison](args, preset_config(args.preset))
+
+
+def peak_alone(comparison: str, name: str, arguments: list[str]) -> int:
+    """Bytes: the peak of a process that makes the input and runs this candidate once, or "nothing"."""
+    command = [sys.executable, __file__, *arguments, "--only", comparison, name]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def compare(args, comparison: str, arguments: list[str]) -> dict[str, dict]:
+    """Figures of each candidate by name: milliseconds, their range, peak bytes, difference; or why it is not there."""
+    candidates = prepare(args, comparison)
+    available = {name: run for name, run in candidates.items() if callable(run)}
+    cuda = args.device.type == "cuda"
+    times, peaks = {name: [] for name in available}, {}
+    # One candidate's results at a time beside the reference's: all together would not leave the memory to measure.
+    reference = next(iter(available.values()))()
+    differences = {name: relative_difference(zip(reference, run(), strict=True)) for name, run in available.items()}
+    del reference
+    for _ in range(args.warmup + args.repeats):
+        for name, run in available.items():
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            start = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+                peaks[name] = torch.cuda.max_memory_allocated() - before
+            times[name].append((time.perf_counter() - start) * 1000)
+    if not cuda:
+        names = available if args.memory else ()
+        idle = peak_alone(comparison, "nothing", arguments) if names else 0
+        peaks = {name: max(0, peak_alone(comparison, name, arguments) - idle) for name in names}
+    figures = {}
+    for name, run in candidates.items():
+        if name not in available:
+            figures[name] = {"not available": run}
+            continue
+        kept = times[name][args.warmup :]
+        figures[name] = {
+            "milliseconds": statistics.median(kept),
+            "milliseconds_range": [min(kept), max(kept)],
+            "peak_memory_bytes": peaks.get(name),
+            "relative_difference": differences[name],
+        }
+    return figures
+
+
+def report(result: dict) -> str:
+    settings, where = result["settings"], result["environment"]
+    lines = [
+        f"{settings['preset']}, {settings['batch_size']} x {settings['sequence_length']} tokens, "
+        f"{settings['precision']}",
+        f"{where['hardware']}; torch {where['torch']}, transformers {where['transformers']}; {where['date']}",
+    ]
+    for comparison, figures in result["comparisons"].items():
+        rows = [(comparison, "ms", "range", "peak MiB", "difference")]
+        reference = next(iter(figures.values()))["milliseconds"]
+        rows[0] += ("/ reference",)
+        for name, one in figures.items():
+            if "not available" in one:
+                continue
+            low, high = one["milliseconds_range"]
+            rows.append(
+                (
+                    name,
+                    f"{one['milliseconds']:.1f}",
+                    f"{low:.1f}-{high:.1f}",
+                    "" if one["peak_memory_bytes"] is None else f"{one['peak_memory_bytes'] / 2**20:,.0f}",
+                    f"{one['relative_difference']:.1e}",
+                    f"{one['milliseconds'] / reference:.2f}",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["", *("  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows)]
+        lines += [
+            f"{name}: not available here: {one['not available']}" for name, one in figures.items() if len(one) == 1
+        ]
+    return "\n".join(lines)
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--precision", choices=TOLERANCES, default="float32", help="of all input; default float32")
+    parser.add_argument("--batch-size", type=at_least(1), default=4, help="sequences; default 4")
+    parser.add_argument("--sequence-length", type=at_least(2), help="tokens; default: the preset's maximum")
+    parser.add_argument("--threads", type=at_least(1), help="of the CPU; default: torch's. 1 where others compute too")
+    parser.add_argument("--repeats", type=at_least(1), default=7, help="default 7")
+    parser.add_argument("--warmup", type=at_least(1), default=2, help="repeats left out before; default 2")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the input; default 0")
+    parser.add_argument("--memory", action="store_true", help="on a CPU, peak memory too: a process for each candidate")
+    parser.add_argument("--only", nargs=2, metavar=("COMPARISON", "NAME"), help="run one and print the peak bytes")
+    parser.add_argument("--output", help="JSON file to write the same figures to")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here.")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        parser.error(f"--output: there is no folder {Path(args.output).parent}.")
+    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args.dtype = getattr(torch, args.precision)
+    args.length = args.sequence_length or preset_config(args.preset).max_position_embeddings
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.only:
+        comparison, name = args.only
+        candidates = prepare(args, comparison)
+        if name != "nothing":
+            candidates[name]()
+        print(peak_of_this_process())
+        return
+    result = {
+        "settings": {
+            "preset": args.preset,
+            "device": args.device.type,
+            "precision": args.precision,
+            "batch_size": args.batch_size,
+            "sequence_length": args.length,
+            "repeats": args.repeats,
+            "seed": args.seed,
+        },
+        "environment": environment(args.device),
+        "comparisons": {name: compare(args, name, sys.argv[1:]) for name in COMPARISONS},
+    }
+    print(report(result))
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    tolerance = TOLERANCES[args.precision]
+    for comparison, figures in result["comparisons"].items():
+        for name, one in figures.items():
+            difference = one.get("relative_difference", 0.0)
+            if not difference <= tolerance:
+                raise SystemExit(
+                    f"{name} does not agree with the reference of {comparison}: relative difference {difference:.1e}, "
+                    f"above {tolerance:g}."
+                )
+
+
+if __name__ == "__main__":
+    main()
