@@ -7,7 +7,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "attention_and_loss.py"
-TINY = "--device cpu --batch-size 1 --sequence-length 200 --repeats 2 --warmup 1".split()
+TINY = "--device cpu --batch-size 1 --sequence-length 400 --repeats 2 --warmup 1".split()
 
 
 @pytest.fixture
