@@ -71,7 +71,7 @@ def apply_rotary(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, 
 # ------------------------------------------------------------------ attention within a window, on the CPU
 
 BANDED_SDPA = "banded_sdpa"  # an `attn_implementation`, and the default
-SHORTEST_BANDED = 384  # tokens; blocks save nothing below
+SHORTEST_BANDED = 512  # tokens; blocks save nothing below
 
 
 def band_block(window: int, length: int) -> int:

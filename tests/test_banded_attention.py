@@ -135,7 +135,7 @@ def test_decoding(pair, make_ids, block):
 
 @pytest.mark.parametrize(
     ("window", "length", "block"),
-    [(16, 383, 0), (16, 384, 32), (16, 512, 32), (256, 575, 0), (256, 576, 128), (256, 1024, 128), (64, 1024, 32)],
+    [(16, 511, 0), (16, 512, 32), (256, 575, 0), (256, 576, 128), (256, 1024, 128), (64, 1024, 32)],
 )
 def test_where_blocks_pay(window, length, block):
     assert band_block(window, length) == block
