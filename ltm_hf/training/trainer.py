@@ -419,7 +419,8 @@ class LTMTrainer(ModelCardMixin, DualRateMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer`'s. All logits exist only for who reads them: the caller, or a loss function of the user's."""
-        zero3 = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())  # its hooks expect logits
+        # Without logits in the output, ZeRO-3 takes the head's weight for in use when the next fast loop gathers it.
+        zero3 = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
         if not return_outputs and self.compute_loss_func is None and "labels" in inputs and not zero3:
             inputs = {**inputs, "loss_reduction": "mean"}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)

@@ -296,7 +296,7 @@ def test_maps_are_the_attention_of_the_formula(make_model, blocks, make_noise):
     maps, additions = cross_attention_maps(model, ids, latents)
     assert maps.shape == (1, 2, 4, 13, 2) and additions.shape == (1, 2, 13)
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(1, 2, 4, 13))
-    assert model.config._attn_implementation == recorded == "sdpa"
+    assert model.config._attn_implementation == recorded == "banded_sdpa"
 
     layer = model.model.layers[0]
     with torch.no_grad():
@@ -346,12 +346,12 @@ def test_attention_study_against_the_maps_of_each_block(model, blocks):
 def test_nothing_is_left_behind(model, blocks):
     model.train()
     cross_attention(model, Letters(), blocks, progress=False)
-    assert model.training and model.config._attn_implementation == "sdpa"
+    assert model.training and model.config._attn_implementation == "banded_sdpa"
     hooked = [(layer.cross_attention_gate, layer.cross_attention_layernorm) for layer in model.model.layers]
     assert not any(module._forward_hooks or module._forward_pre_hooks for pair in hooked for module in pair)
     with pytest.raises(ValueError, match="latents must have the shape"):
         cross_attention_maps(model, torch.tensor([[1, 3]]), torch.zeros(1, 1, 1, 1))
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "banded_sdpa"
     assert not any(module._forward_hooks or module._forward_pre_hooks for pair in hooked for module in pair)
     assert all(parameter.grad is None for parameter in model.parameters())
 
