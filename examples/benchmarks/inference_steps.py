@@ -27,9 +27,11 @@ from train_step import at_least, environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ltm_hf import LatentPosterior
+from ltm_hf.configuration_ltm import InferenceSettings
 from ltm_hf.data import collate_blocks, load_corpus, pack
 from ltm_hf.data.packing import blocks_of
-from ltm_hf.evaluation.figures import markdown_rows, ratio_and_error
+from ltm_hf.evaluation import score_blocks
+from ltm_hf.evaluation.figures import markdown_rows, ratio_and_error, with_error
 from ltm_hf.posterior_ltm import keyed_normal, negative_log_likelihood, register_inference_optimizer
 
 FITTED = "natural, fitted steps"
@@ -231,6 +233,21 @@ def table(nats: dict, tokens: int, steps: list[int]) -> str:
     )
 
 
+def prefix_table(model, batches, steps: list[int]) -> str:
+    """The exact loss of second halves in nats a token, and what latents save of it, by the library's own optimisers."""
+    blocks, rows = [{"input_ids": row} for batch in batches for row in batch.tolist()], []
+    steps = [number for number in steps if number]
+    figures = ["prefix", "prefix_no_latents"]
+    for name in InferenceSettings.CHOICES["inference_optimizer"]:
+        if name != "candidate":
+            settings = dict(figures=figures, progress=False, inference_optimizer=name)
+            scores = [score_blocks(model, blocks, num_inference_steps=number, **settings) for number in steps]
+            saved = (with_error(*score.mean("prefix_no_latents", minus="prefix"), 4) for score in scores)
+            rows.append([name, *(f"{score.mean('prefix')[0]:.4f}" for score in scores)])
+            rows.append(["saved over no latents", *saved])
+    return markdown_rows([["prefix loss", *map(str, steps)], *rows])
+
+
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
@@ -241,6 +258,7 @@ def main():
     parser.add_argument("--training_blocks", type=at_least(64), default=1024, help="for what is fitted; default 1024")
     parser.add_argument("--num_particles", type=at_least(1), default=4, help="samples of a bound; default 4")
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of candidates' names; default: all")
+    parser.add_argument("--prefix", action="store_true", help="also the prefix loss, by the library's optimisers")
     parser.add_argument("--threads", type=at_least(1), help="of the CPU; default: torch's. 1 where others compute too")
     parser.add_argument("--output", help="JSON file to write the nats of each block to")
     options = parser.parse_args()
@@ -267,6 +285,8 @@ def main():
         count = len(nats["no latents"][0])
         print(f"\n{Path(folder).name}: {count} blocks of {length} tokens, {options.num_particles} particles;")
         print(table(nats, length - 1, options.steps), flush=True)
+        if options.prefix:
+            print("\n" + prefix_table(model, batches, options.steps), flush=True)
         if options.output:
             settings = {name: value for name, value in vars(options).items() if name not in ("models", "output")}
             report = {"settings": settings, "environment": where, "nats": results}

@@ -39,8 +39,9 @@ def test_every_candidate(run, trained, tmp_path):
     output = tmp_path / "steps.json"
     printed = run(
         BENCHMARKS / "inference_steps.py", folder, "--steps", 0, 1, 2, 4, "--blocks", 4, "--training_blocks", 64,
-        "--num_particles", 1, "--threads", 1, "--output", output,
+        "--num_particles", 1, "--threads", 1, "--prefix", "--output", output,
     ).stdout  # fmt: skip
+    assert all(f"| {name} " in printed for name in ("prefix loss", "natural", "lbfgs", "adamw"))
     nats = json.loads(output.read_text())["nats"][str(folder)]
     assert "4 blocks of 32 tokens, 1 particles" in printed and "fitted: ρ = " in printed
     losses = torch.tensor(nats.pop("no latents")["0"])
