@@ -507,6 +507,11 @@ def _is_plain_linear(head: nn.Module) -> bool:
     )
 
 
+def _in_float32(*tensors: torch.Tensor) -> bool:
+    same = all(tensor.dtype == torch.float32 for tensor in tensors)
+    return same and not torch.is_autocast_enabled(tensors[0].device.type)
+
+
 def _chunks(vocab_size: int, *tensors: torch.Tensor):
     """Rows of all tensors, (M, …) each, in even chunks whose logits take at most `CHUNK_BYTES`."""
     rows = max(1, CHUNK_BYTES // (4 * vocab_size))
@@ -514,9 +519,15 @@ def _chunks(vocab_size: int, *tensors: torch.Tensor):
     return zip(*(x.chunk(num_chunks) for x in tensors), strict=True)
 
 
-def _cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """-log p (M, 1) of targets (M, 1), and its gradient with respect to the logits (M, V), both float32."""
-    log_probabilities = logits.log_softmax(dim=-1, dtype=torch.float32)
+def _cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p (M, 1) of targets (M, 1), and its gradient with respect to the logits (M, V), both float32.
+
+    out: (M, V) float32 for the gradient, of logits that are float32 too.
+    """
+    if out is None:
+        log_probabilities = logits.log_softmax(dim=-1, dtype=torch.float32)
+    else:
+        log_probabilities = torch.log_softmax(logits, dim=-1, out=out)
     losses = -log_probabilities.gather(1, targets)
     excess = log_probabilities.exp_()  # probability less the target's one
     return losses, excess.scatter_add_(1, targets, excess.new_full(targets.shape, -1.0))
@@ -530,16 +541,26 @@ class _FrozenHeadLosses(torch.autograd.Function):
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden_states) if wants_gradient else hidden_states
         losses = []
+        # Buffers for all chunks where no class of the head's own has a say: new pages take a twentieth of the time.
+        reuses, buffers = _is_plain_linear(head) and _in_float32(head.weight, hidden_states), None
         for states, wanted, place in _chunks(head.out_features, hidden_states, targets[:, None], gradient):
-            with torch.set_grad_enabled(wants_gradient):
-                states = states.detach().requires_grad_(wants_gradient)
-                # By the head's own forward and backward, so that it may be of any class. It gets no leaf, which torch's
-                # FlopCounterMode could not watch.
-                logits = head(states.view_as(states))
-            loss, excess = _cross_entropy_(logits.detach(), wanted)
+            if reuses:
+                if buffers is None:
+                    buffers = states.new_empty(2, len(states), head.out_features)
+                logits = torch.mm(states, head.weight.T, out=buffers[0, : len(states)])
+                loss, excess = _cross_entropy_(logits, wanted, out=buffers[1, : len(states)])
+                if wants_gradient:
+                    torch.mm(excess, head.weight, out=place)
+            else:
+                with torch.set_grad_enabled(wants_gradient):
+                    states = states.detach().requires_grad_(wants_gradient)
+                    # By the head's own forward and backward, so that it may be of any class. It gets no leaf, which
+                    # torch's FlopCounterMode could not watch.
+                    logits = head(states.view_as(states))
+                loss, excess = _cross_entropy_(logits.detach(), wanted)
+                if wants_gradient:
+                    place.copy_(torch.autograd.grad(logits, states, excess.to(logits.dtype))[0])
             losses.append(loss.squeeze(1))
-            if wants_gradient:
-                place.copy_(torch.autograd.grad(logits, states, excess.to(logits.dtype))[0])
             del logits, excess  # before the next chunk's
         if wants_gradient:
             ctx.save_for_backward(gradient)

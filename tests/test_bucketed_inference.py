@@ -92,13 +92,13 @@ def test_the_posterior_of_the_padded_batch_and_of_each_alone(model, rows, pad_ro
     posterior = infer_in_buckets(model, batch, mask, **settings)
     padded = model.infer_posterior(batch, mask, **settings)
     for name in ("mean", "log_variance"):
-        close(getattr(posterior, name), getattr(padded, name))
+        close(getattr(posterior, name), getattr(padded, name), 1e-4)
     assert torch.equal(posterior.keys, padded.keys)
     for index, row in enumerate(rows):
         if len(row):
             alone = model.infer_posterior(row[None], **settings)
-            close(posterior.mean[index], alone.mean[0])
-            close(posterior.log_variance[index], alone.log_variance[0])
+            close(posterior.mean[index], alone.mean[0], 1e-4)
+            close(posterior.log_variance[index], alone.log_variance[0], 1e-4)
         if len(row) > 1:
             close(posterior.elbo_trace[:, index], alone.elbo_trace[:, 0], 1e-4)
         else:
@@ -139,7 +139,7 @@ def test_by_default_a_bucket_must_save_256_tokens(model, make_ids, pad_rows, cal
 def test_buckets_stop_by_themselves(model, rows, pad_rows, calls):
     """Each row's posterior is its own whatever its bucket; a trace that ended early repeats its last value, or 0."""
     batch, mask = pad_rows(rows, "left")
-    settings = dict(num_inference_steps=24, inference_tolerance=0.3)
+    settings = dict(num_inference_steps=24, inference_tolerance=0.1)
     posterior = infer_in_buckets(model, batch, mask, **settings)
     padded = model.infer_posterior(batch, mask, **settings)
     close(posterior.mean, padded.mean, 1e-4)

@@ -7,7 +7,8 @@ from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
-from ltm_hf import LatentPosterior, elbo, infer_posterior
+from ltm_hf import LatentPosterior, elbo, infer_posterior, posterior_ltm
+from ltm_hf.configuration_ltm import InferenceSettings
 from ltm_hf.posterior_ltm import (
     INFERENCE_OPTIMIZERS,
     AdamWInference,
@@ -235,6 +236,30 @@ def test_natural(model, ids, make_noise, schedule, precision):
     close(actual.elbo_trace, expected.elbo_trace, 1e-4)
     if precision == "unit":
         close(actual.log_variance, start.log_variance)
+
+
+def test_an_optimizer_of_one_s_own(model, ids, make_noise, monkeypatch):
+    """A step downhill in the mean alone, by its name and from a configuration."""
+    monkeypatch.setattr(posterior_ltm, "INFERENCE_OPTIMIZERS", dict(INFERENCE_OPTIMIZERS))
+    monkeypatch.setitem(InferenceSettings.CHOICES, "inference_optimizer", tuple(INFERENCE_OPTIMIZERS))
+
+    class Downhill:
+        def __init__(self, mean, log_variance, settings):
+            self.mean, self.log_variance = mean, log_variance
+
+        def update(self, gradient, epsilon, step_size):
+            self.mean = self.mean - step_size * (self.mean + gradient)
+
+    with pytest.raises(ValueError, match="must be one of.*'downhill'"):
+        model.infer_posterior(ids, inference_optimizer="downhill")
+    posterior_ltm.register_inference_optimizer("downhill", Downhill)
+    epsilon = make_noise(1, 3, *SHAPE)
+    fitted = model.infer_posterior(ids, num_inference_steps=1, inference_optimizer="downhill", epsilon=epsilon)
+    z = epsilon[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(naive_nll(model, ids, z).sum(), z)
+    close(fitted.mean, -model.config.inference_learning_rate * gradient)
+    assert not fitted.log_variance.any()
+    assert model.config.__class__(inference_optimizer="downhill").inference_optimizer == "downhill"
 
 
 def test_lbfgs_takes_no_noise(model, ids, make_noise):
