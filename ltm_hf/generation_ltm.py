@@ -205,6 +205,8 @@ class LTMGenerationMixin(GenerationMixin):
         """
         if self.config.num_latents:
             raise NotImplementedError("Continuous batching cannot give each request its own latents; use generate().")
+        if self.config._attn_implementation == "banded_sdpa":  # which has no form for pages
+            self.set_attn_implementation("sdpa")
         return super().init_continuous_batching(*args, **kwargs)
 
     def _check_reinference(self, reinfer_every, generation_config, kwargs) -> None:
