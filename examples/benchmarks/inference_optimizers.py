@@ -137,51 +137,54 @@ class Candidate:
     anytime: bool = True
 
 
-def _natural(noise="fresh", start="own", gradients=1, **options) -> Candidate:
-    variant = partial(NaturalVariant, **options)
-    return Candidate(variant, {}, start, noise, gradients, anytime=options.get("average") is None)
-
-
-def _adamw(rate, schedule, optimizer=AdamWInference, start="own") -> Candidate:
-    settings = dict(inference_optimizer="adamw", inference_learning_rate=rate, inference_lr_schedule=schedule)
-    anytime = schedule == "constant" and optimizer is AdamWInference
-    return Candidate(optimizer, settings, start, anytime=anytime)
-
-
 _DEFAULT = dict(
     inference_optimizer="natural", inference_learning_rate=0.5, inference_lr_schedule="inverse",
     inference_precision="stein",
 )  # fmt: skip
 
+
+def natural(noise="fresh", start="own", gradients=1, **options) -> Candidate:
+    """A `NaturalVariant` with these options, from the prior unless told otherwise."""
+    variant = partial(NaturalVariant, **options)
+    return Candidate(variant, _DEFAULT, start, noise, gradients, anytime=options.get("average") is None)
+
+
+def adamw(rate, schedule, optimizer=AdamWInference, start="own") -> Candidate:
+    """AdamW with this step size, from its own narrow start unless told otherwise."""
+    settings = dict(inference_optimizer="adamw", inference_learning_rate=rate, inference_lr_schedule=schedule)
+    anytime = schedule == "constant" and optimizer is AdamWInference
+    return Candidate(optimizer, settings, start, anytime=anytime)
+
+
 CANDIDATES: dict[str, Candidate] = {
     "natural (default)": Candidate(NaturalInference, _DEFAULT),
-    "L-BFGS": Candidate(LBFGSInference),
-    "L-BFGS, precision 1": Candidate(MeansAlone),
-    "natural, unbounded": _natural(limit=math.inf, bounds=(-math.inf, math.inf)),
-    "natural, step 0.3": _natural(rates=constant(0.3)),
-    "natural, steps 1/(1 + t)": _natural(rates=inverse(1.0)),
-    "natural, precision 1, step 0.3": _natural(rates=constant(0.3), curvature=None),
-    "natural, precision 1": _natural(curvature=None),
-    "natural, squared gradients": _natural(curvature="square"),
-    "natural, Gauss-Newton": _natural(curvature="fisher", gradients=2),
-    "natural, momentum 0.5": _natural(momentum=0.5),
-    "natural, damping 1": _natural(damping=1.0),
-    "natural, centred": _natural(curvature="centred"),
-    "natural, steps 0.7/(1 + 0.7 t)": _natural(rates=inverse(0.7)),
-    "natural, means by 0.25 at most": _natural(limit=0.25),
-    "natural, antithetic pairs": _natural(particles=2, noise="antithetic"),
-    "natural, two particles": _natural(particles=2),
-    "natural at the mean, precision 1": _natural(curvature=None, noise="none"),
-    "natural at the mean, precision 1, step 1": _natural(curvature=None, noise="none", rates=constant(1.0)),
-    "natural at the mean, precision 1, step 0.7": _natural(curvature=None, noise="none", rates=constant(0.7)),
-    "natural at the mean, secant": _natural(curvature="secant", noise="none"),
-    "natural at the mean, Gauss-Newton": _natural(curvature="fisher", noise="none", gradients=2),
-    "natural, step 0.3, averaged": _natural(rates=constant(0.3), average=0.5),
-    "natural from a read-out": _natural(start="read-out"),
-    "natural, precision held, from a read-out": _natural(start="read-out", curvature=None),
-    "AdamW 0.3, constant (paper)": _adamw(0.3, "constant"),
-    "AdamW 0.3, cosine (released code)": _adamw(0.3, "cosine"),
-    "AdamW 0.34, cosine, log σ² 5.5/T": _adamw(0.34, "cosine", TwoSchedules),
-    "AdamW 0.1, cosine, from the prior": _adamw(0.1, "cosine", start="prior"),
-    "AdamW 0.1, averaged, from the prior": _adamw(0.1, "constant", AveragedAdamW, start="prior"),
+    "L-BFGS": Candidate(LBFGSInference, _DEFAULT | {"inference_optimizer": "lbfgs"}),
+    "L-BFGS, precision 1": Candidate(MeansAlone, _DEFAULT | {"inference_optimizer": "lbfgs"}),
+    "natural, unbounded": natural(limit=math.inf, bounds=(-math.inf, math.inf)),
+    "natural, step 0.3": natural(rates=constant(0.3)),
+    "natural, steps 1/(1 + t)": natural(rates=inverse(1.0)),
+    "natural, precision 1, step 0.3": natural(rates=constant(0.3), curvature=None),
+    "natural, precision 1": natural(curvature=None),
+    "natural, squared gradients": natural(curvature="square"),
+    "natural, Gauss-Newton": natural(curvature="fisher", gradients=2),
+    "natural, momentum 0.5": natural(momentum=0.5),
+    "natural, damping 1": natural(damping=1.0),
+    "natural, centred": natural(curvature="centred"),
+    "natural, steps 0.7/(1 + 0.7 t)": natural(rates=inverse(0.7)),
+    "natural, means by 0.25 at most": natural(limit=0.25),
+    "natural, antithetic pairs": natural(particles=2, noise="antithetic"),
+    "natural, two particles": natural(particles=2),
+    "natural at the mean, precision 1": natural(curvature=None, noise="none"),
+    "natural at the mean, precision 1, step 1": natural(curvature=None, noise="none", rates=constant(1.0)),
+    "natural at the mean, precision 1, step 0.7": natural(curvature=None, noise="none", rates=constant(0.7)),
+    "natural at the mean, secant": natural(curvature="secant", noise="none"),
+    "natural at the mean, Gauss-Newton": natural(curvature="fisher", noise="none", gradients=2),
+    "natural, step 0.3, averaged": natural(rates=constant(0.3), average=0.5),
+    "natural from a read-out": natural(start="read-out"),
+    "natural, precision held, from a read-out": natural(start="read-out", curvature=None),
+    "AdamW 0.3, constant (paper)": adamw(0.3, "constant"),
+    "AdamW 0.3, cosine (released code)": adamw(0.3, "cosine"),
+    "AdamW 0.34, cosine, log σ² 5.5/T": adamw(0.34, "cosine", TwoSchedules),
+    "AdamW 0.1, cosine, from the prior": adamw(0.1, "cosine", start="prior"),
+    "AdamW 0.1, averaged, from the prior": adamw(0.1, "constant", AveragedAdamW, start="prior"),
 }

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from inference_optimizers import CANDIDATES, Candidate, NaturalVariant, inverse
+from inference_optimizers import CANDIDATES, Candidate, NaturalVariant, inverse, natural
 from torch.nn import functional as F
 from train_step import at_least, environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -162,7 +162,7 @@ def fit_steps(model, batches) -> Candidate:
 
     def candidate(scalars):
         rates = [*scalars[:2], *map(inverse(0.5), range(2, 1024))]
-        return Candidate(partial(NaturalVariant, rates=rates.__getitem__, layers=scalars[2:]))
+        return natural(rates=rates.__getitem__, layers=scalars[2:])
 
     def loss(scalars):
         fitted = (posteriors(model, batch, candidate(scalars), [2])[2] for batch in batches)
