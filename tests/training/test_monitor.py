@@ -184,7 +184,7 @@ def test_a_healthy_run_is_silent(make_trainer, caplog):
             {},
             {"fast loop not converged", "log-variance far from its optimum"},
         ),
-        ({}, {"inference_learning_rate": 1e30}, {"non-finite rows"}),
+        ({"inference_optimizer": "adamw"}, {"inference_learning_rate": 1e30}, {"non-finite rows"}),
     ],
 )
 def test_runs_that_go_wrong_say_so_once(make_trainer, make_model, caplog, overrides, arguments, expected):
