@@ -79,7 +79,11 @@ class TrainingFlops:
     @property
     def training_step(self) -> float:
         """The fast loop and the slow step."""
-        return self.num_inference_steps * self.fast_step + self.slow_step
+        return self.step(self.num_inference_steps)
+
+    def step(self, fast: float, slow: float = 1.0) -> float:
+        """So many fast steps and passes of the slow one, on average where they are drawn."""
+        return fast * self.fast_step + slow * self.slow_step
 
 
 def training_flops(config: LTMConfig, sequence_length: int | None = None, attention: str = "dense") -> TrainingFlops:

@@ -17,12 +17,14 @@ def pack(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
     num_shards: int = 1,
+    join: bool = True,
 ) -> Dataset | IterableDataset | DatasetDict | IterableDatasetDict:
     """Tokenise documents, end each with end-of-text, join them, and cut the stream of tokens into blocks.
 
     A block is the begin-of-text token and the next `block_size - 1` tokens of the stream. Nothing of the stream is
     skipped or repeated; only the end that does not fill a block is dropped. A block holds parts of several
-    documents where they are short, and **all of them then share one set of latents**.
+    documents where they are short, and **all of them then share one set of latents**; with `join=False` each block is
+    of one document, and the end of each document that does not fill a block is dropped.
 
     Args:
         dataset: documents in a column `text`, as from `load_corpus`; each split of a dict is packed by itself.
@@ -43,17 +45,22 @@ def pack(
     """
     if isinstance(dataset, dict):
         return type(dataset)(
-            {name: _pack(split, tokenizer, block_size, num_shards, name) for name, split in dataset.items()}
+            {name: _pack(split, tokenizer, block_size, num_shards, join, name) for name, split in dataset.items()}
         )
-    return _pack(dataset, tokenizer, block_size, num_shards, "corpus")
+    return _pack(dataset, tokenizer, block_size, num_shards, join, "corpus")
 
 
 def _pack(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, num_shards: int, name: str
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    num_shards: int,
+    join: bool,
+    name: str,
 ) -> Dataset | IterableDataset:
-    check_packing(dataset, tokenizer, block_size, name)
+    check_packing(dataset, tokenizer, block_size, name, join)
     features = Features({"input_ids": List(Value("int32"), length=block_size)})
-    arguments = {"tokenizer": tokenizer, "block_size": block_size}
+    arguments = {"tokenizer": tokenizer, "block_size": block_size, "join": join}
     if isinstance(dataset, Dataset):
         return Dataset.from_generator(blocks_of, features=features, gen_kwargs={"documents": dataset, **arguments})
     if not 1 <= num_shards <= dataset.num_shards:
@@ -72,14 +79,22 @@ def _blocks_of_parts(parts: list[IterableDataset], **arguments) -> Iterator[dict
 
 
 def check_packing(
-    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, name: str
+    documents: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    name: str,
+    join: bool = True,
 ) -> None:
     """Raise the errors of `pack` before any work; reads documents until the first block is full."""
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ValueError("The tokenizer has no begin-of-text or no end-of-text token: load it with load_tokenizer.")
     if block_size < 2:
         raise ValueError(f"block_size must be at least 2 (begin-of-text and a token), not {block_size}.")
-    if next(blocks_of(documents, tokenizer, block_size), None) is None:
+    if next(blocks_of(documents, tokenizer, block_size, join), None) is None:
+        if not join:
+            raise ValueError(
+                f"No document of the {name} fills a block of {block_size} tokens: take a smaller block, or join them."
+            )
         texts = (text for batch in documents.iter(DOCUMENTS_AT_A_TIME) for text in batch["text"])
         count = sum(len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1 for text in texts)
         raise ValueError(
@@ -89,7 +104,7 @@ def check_packing(
 
 
 def blocks_of(
-    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int
+    documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, join: bool = True
 ) -> Iterator[dict[str, list[int]]]:
     """The blocks of documents, as `pack` describes them; none where they do not fill one."""
     begin, end, body = tokenizer.bos_token_id, tokenizer.eos_token_id, block_size - 1
@@ -98,10 +113,10 @@ def blocks_of(
         # verbose=False: a document longer than the model's input is no mistake here
         for tokens in tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]:
             stream += [*tokens, end]
-        whole = len(stream) - len(stream) % body
-        for start in range(0, whole, body):
-            yield {"input_ids": [begin, *stream[start : start + body]]}
-        del stream[:whole]
+            whole = len(stream) - len(stream) % body
+            for start in range(0, whole, body):
+                yield {"input_ids": [begin, *stream[start : start + body]]}
+            del stream[: whole if join else None]
 
 
 def collate_blocks(blocks: list[dict]) -> dict[str, torch.Tensor]:

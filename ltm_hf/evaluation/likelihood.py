@@ -37,6 +37,7 @@ DESCRIPTIONS = {
     "prior": "NLL given latents drawn from the prior: thoughts about nothing",
     "from_prompt": "exact loss of the scored tokens, latents from the prompt before them only",
     "prefix": "exact loss of what follows a prefix, latents from that prefix only; compare with an AR model's",
+    "prefix_mixture": "exact loss of the same tokens by a mixture of so many samples of q(z | prefix)",
     "prefix_no_latents": "exact loss of the same tokens, without latents",
     "released": "log of the released protocol's perplexity: the fit's own noise, mean of exp over blocks; NOT a bound",
 }
@@ -181,9 +182,11 @@ def score_blocks(
     """What `evaluate_likelihood` pools, to be compared block by block; its arguments."""
     if not len(blocks):
         raise ValueError("There is no block to evaluate on.")
+    single = set(DESCRIPTIONS) - {"iw", "prefix_mixture", "from_prompt"}
     for name in figures:
-        if not re.fullmatch("|".join([*(set(DESCRIPTIONS) - {"iw", "from_prompt"}), r"iw-[1-9]\d*"]), name):
-            raise ValueError(f"There is no figure {name!r}; there are {', '.join(DEFAULT)}, prior, and iw-K.")
+        if not re.fullmatch("|".join([*single, r"(iw|prefix_mixture)-[1-9]\d*"]), name):
+            others = "prior, iw-K and prefix_mixture-K"
+            raise ValueError(f"There is no figure {name!r}; there are {', '.join(DEFAULT)}, {others}.")
     if not getattr(model.config, "num_latents", 0):
         figures = [name for name in EXACT if name in figures]
     rows = [blocks[index] for index in range(len(blocks))]
@@ -359,12 +362,18 @@ class _Batch:
     def keys(self):
         return sequence_keys(self.input_ids, torch.ones_like(self.input_ids) if self.mask is None else self.mask)
 
-    def prefix(self):
+    @cached_property
+    def of_prefix(self):
         width = int(self.is_prefix.sum(dim=1).max())
-        prefixes = infer_posterior(
-            self.model, self.input_ids[:, :width], self.is_prefix[:, :width].long(), **self.settings
-        )
-        return self.nll_given(prefixes.mean, after_prefix=True)
+        return infer_posterior(self.model, self.input_ids[:, :width], self.is_prefix[:, :width].long(), **self.settings)
+
+    def prefix(self):
+        return self.nll_given(self.of_prefix.mean, after_prefix=True)
+
+    def prefix_mixture(self, num_samples):
+        samples = (self.of_prefix.scoring_sample(number, self.settings["seed"]) for number in range(num_samples))
+        log_likelihoods = torch.stack([-self.nll_given(latents, after_prefix=True) for latents in samples])
+        return math.log(num_samples) - log_likelihoods.logsumexp(dim=0)
 
     def prefix_no_latents(self):
         return self.nll_given(after_prefix=True)

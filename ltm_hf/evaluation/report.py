@@ -24,16 +24,8 @@ class Report:
         self._sections: list[str] = []
 
     def kept(self, name: str, settings: dict, compute: Callable[[], dict]) -> dict:
-        """The result in `name`.json if it was made with these settings; else computed, of what JSON knows, and kept.
-
-        settings: what the result depends on. NaN and infinity become null.
-        """
-        path, settings = self.folder / f"{name}.json", _jsonable(settings)
-        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if kept.get("settings") != settings:
-            kept = {"settings": settings, "result": _jsonable(compute())}
-            _write(path, json.dumps(kept, indent=1, allow_nan=False))
-        return kept["result"]
+        """As the function, in `name`.json."""
+        return kept(self.folder / f"{name}.json", settings, compute)
 
     def section(
         self, name: str, title: str, settings: dict, compute: Callable[[], dict], show: Callable[[dict, Path], str]
@@ -51,8 +43,24 @@ class Report:
             print(f"{title}: {text}")
         self._sections.append(f"## {title}\n\n{text.strip()}\n")
         head = [f"# {self.title}\n", *([self.introduction.strip() + "\n"] if self.introduction else [])]
-        _write(self.folder / "README.md", "\n".join([*head, *self._sections]))
+        write_whole(self.folder / "README.md", "\n".join([*head, *self._sections]))
         return result
+
+
+def kept(path: Path, settings: dict, compute: Callable[[], dict] | None = None) -> dict | None:
+    """The result in a JSON file if it was made with these settings; else computed, of what JSON knows, and kept.
+
+    settings: what the result depends on. NaN and infinity become null. Without `compute`, None where there is nothing.
+    """
+    settings = _jsonable(settings)
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if found.get("settings") != settings:
+        if compute is None:
+            return None
+        found = {"settings": settings, "result": _jsonable(compute())}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(found, indent=1, allow_nan=False))
+    return found["result"]
 
 
 def one_line(error: Exception) -> str:
@@ -93,7 +101,7 @@ def _jsonable(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """All of it or nothing."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

@@ -1,11 +1,13 @@
 """Training arguments with the paper's values as defaults (section 4, "Training")."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 
+from ..flops import training_flops
 from .sharding import GATHER_DURING_INFERENCE
 
 SLOW_GRADIENTS = ("final", "trajectory")
@@ -25,6 +27,13 @@ class DualRateArguments:
     )
     num_inference_steps: int | None = field(
         default=None, metadata={"help": "Fast steps on the latents for each slow step; default: the model's."}
+    )
+    num_inference_steps_min: int | None = field(
+        default=None,
+        metadata={
+            "help": "Draw each slow step's number of fast steps from this one to num_inference_steps, all equally "
+            "likely, for one model that serves every number; default: always num_inference_steps."
+        },
     )
     inference_learning_rate: float | None = field(
         default=None, metadata={"help": "Step size of inference when training starts; default: the model's."}
@@ -97,6 +106,8 @@ class DualRateArguments:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         if self.num_inference_steps is not None and self.num_inference_steps < 0:
             raise ValueError(f"num_inference_steps must be 0 or more, got {self.num_inference_steps}.")
+        if self.num_inference_steps_min is not None and self.num_inference_steps_min < 0:
+            raise ValueError(f"num_inference_steps_min must be 0 or more, got {self.num_inference_steps_min}.")
         if self.kl_annealing_steps < 0:
             raise ValueError(f"kl_annealing_steps must be 0 or more, got {self.kl_annealing_steps}.")
         for name in ("inference_learning_rate", "inference_learning_rate_end", "muon_learning_rate"):
@@ -119,6 +130,27 @@ class DualRateArguments:
                 )
         elif self.muon_learning_rate is not None:
             raise ValueError("muon_learning_rate is for slow_optimizer='muon'.")
+
+    def inference_steps(self, config) -> tuple[int, int]:
+        """The least and the most fast steps of a slow step of this model. Raises ValueError if least is above most."""
+        if not config.num_latents or config.inference_method == "amortized":
+            return 0, 0
+        most = config.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
+        least = most if self.num_inference_steps_min is None else self.num_inference_steps_min
+        if least > most:
+            raise ValueError(f"num_inference_steps_min must be at most num_inference_steps ({most}), got {least}.")
+        return least, most
+
+    def slow_passes(self, config) -> float:
+        """Passes of the decoder in a slow step, on average: what `slow_gradient` says."""
+        return 1 + (sum(self.inference_steps(config)) / 2 if self.slow_gradient == "trajectory" else 0)
+
+    def step_flops(self, config, sequence_length: int) -> float:
+        """FLOPs a token of a step of training, fast loop included, on average (see `flops.training_flops`)."""
+        config = copy.deepcopy(config)
+        least, config.num_inference_steps = self.inference_steps(config)
+        flops = training_flops(config, sequence_length)
+        return flops.step((least + config.num_inference_steps) / 2, self.slow_passes(config))
 
 
 @dataclass

@@ -216,7 +216,9 @@ def _recipe(config, arguments) -> dict[str, str]:
             annealing = arguments.kl_annealing_steps
             facts["weight of the KL"] = f"0 to 1 over {annealing} steps, linear" if annealing else "1"
             return facts
-        facts["inference steps (fast)"] = str(_training_inference_steps(config, arguments))
+        least, most = arguments.inference_steps(config)
+        drawn = "" if least == most else f"{least} to "
+        facts["inference steps (fast)"] = f"{drawn}{most}"
         facts["inference step size"] = f"{start:g}" if end == start else f"{start:g} to {end:g}, linear over training"
         facts["slow gradient"] = arguments.slow_gradient
     return facts
@@ -224,27 +226,24 @@ def _recipe(config, arguments) -> dict[str, str]:
 
 def _cost(config, arguments, sequence_length: int, num_tokens: int | None) -> dict[str, str]:
     """FLOPs of training as the run's arguments say, or as the configuration does where there are none."""
-    trained = copy.deepcopy(config)
-    trained.num_inference_steps = _training_inference_steps(config, arguments)
+    trained, passes = copy.deepcopy(config), 1
+    least = most = config.num_inference_steps
+    if arguments is not None:
+        (least, most), passes = arguments.inference_steps(config), arguments.slow_passes(config)
+    trained.num_inference_steps = most
     flops = training_flops(trained, sequence_length)
-    steps, slow_passes = flops.num_inference_steps, 1
-    if arguments is not None and arguments.slow_gradient == "trajectory":
-        slow_passes += steps
-    training = steps * flops.fast_step + slow_passes * flops.slow_step
+    steps = (least + most) / 2 if flops.num_inference_steps else 0
+    training = flops.step(steps, passes)
     facts = {"forward": _flops(flops.forward)}
     if steps:
         facts["inference step"] = f"{_flops(flops.fast_step)}, {flops.fast_step / flops.forward:.1f} times a forward"
-        facts[f"training step: {steps} of inference, {slow_passes} of learning"] = _flops(training)
-        facts["training step in the paper's account"] = _flops(paper_training_flops(trained, sequence_length))
+        facts[f"training step: {steps:g} of inference, {passes:g} of learning"] = _flops(training)
+        paper = paper_training_flops(trained, sequence_length) * (steps + 1) / (most + 1)
+        facts["training step in the paper's account"] = _flops(paper)
     else:
         facts["training step"] = _flops(training)
     known = num_tokens is not None and arguments is not None
     return facts | {"whole run (not a token)": _flops(training * num_tokens) if known else None}
-
-
-def _training_inference_steps(config, arguments) -> int:
-    steps = None if arguments is None else arguments.num_inference_steps
-    return config.num_inference_steps if steps is None else steps
 
 
 def _count(number: int | None) -> str | None:

@@ -1,6 +1,7 @@
 """Dual-rate learning (paper Algorithm 1) as a transformers Trainer."""
 
 import math
+import random
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -112,6 +113,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 )
         elif config.num_latents and self.args.kl_annealing_steps:
             raise ValueError("kl_annealing_steps is for inference_method='amortized'.")
+        self.args.inference_steps(config)  # raises where they cannot be drawn
         self._encoder_kl = None  # of this batch, with gradient, in nats
         self._sums = defaultdict(float)  # since the last log, on this process
         self._eval_sums = defaultdict(float)  # of all processes
@@ -199,7 +201,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 posterior = infer_posterior(
                     decoder,
                     **self._evidence(inputs),
-                    num_inference_steps=self.args.num_inference_steps,
+                    num_inference_steps=random.Random(seed).randint(*self.args.inference_steps(decoder.config)),
                     inference_learning_rate=self._inference_learning_rate(decoder.config),
                     seed=seed,
                     callback=(lambda step, latents, elbo: trajectory.append(latents)) if keep else None,
@@ -259,13 +261,6 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         return bool(self.accelerator.reduce(self._have_prompts(inputs).sum(), "sum"))
 
     @property
-    def _num_inference_steps(self) -> int:
-        if self.model.config.inference_method == "amortized":
-            return 0
-        steps = self.args.num_inference_steps
-        return self.model.config.num_inference_steps if steps is None else steps
-
-    @property
     def _has_kl(self) -> bool:
         """Whether what latents cost can be told: not of a point, which is where a chain ends."""
         return not self.model.config.num_latents or self.model.config.inference_method != "langevin"
@@ -310,7 +305,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 if self._has_kl:
                     rows["kl"] = estimate.kl
                     final = estimate.elbo if self.args.infer_from == "labels" else None  # of what the steps saw
-                    fit_sums |= trace_sums(posterior, evidence, self._num_inference_steps, final)
+                    fit_sums |= trace_sums(posterior, evidence, self.args.inference_steps(decoder.config)[1], final)
                     if not self._eval_sums:  # the first batch will do
                         fit_sums |= variance_sums(decoder, posterior, evidence, self._seed(0))
                 for name, total in fit_sums.items():

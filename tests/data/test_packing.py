@@ -42,6 +42,20 @@ def test_every_position():
     ]  # and the last end-of-text fills no block
 
 
+def test_blocks_of_one_document_each():
+    """The end of each document that fills no block is dropped, and with it a whole document that is too short."""
+    tokenizer = train_tokenizer([], 258)
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "abc")
+    documents = corpus_of(["aab", "b", "", "cccca", "aa"])
+    wanted = [[begin, a, a, b], [begin, c, c, c], [begin, c, a, end], [begin, a, a, end]]
+    assert list(pack(documents, tokenizer, 4, join=False)["input_ids"]) == wanted
+    stream = pack(documents.to_iterable_dataset(num_shards=2), tokenizer, 4, num_shards=2, join=False)
+    assert [row["input_ids"] for row in stream] == wanted
+    with pytest.raises(ValueError, match="No document of the corpus fills a block of 9 tokens"):
+        pack(documents, tokenizer, 9, join=False)
+
+
 @pytest.mark.parametrize("block_size", [2, 5, 64, 1000])
 def test_no_token_is_lost_or_doubled(texts, tokenizer, block_size):
     blocks = list(pack(corpus_of(texts), tokenizer, block_size)["input_ids"])

@@ -80,6 +80,21 @@ def test_prefix_does_not_see_what_it_predicts(model, blocks):
     assert (after["prefix"] - before["prefix"]) * (LENGTH // 2) == pytest.approx(difference, abs=1e-4)
 
 
+def test_mixture_of_the_prefix_averages_probabilities(model, blocks):
+    scores = score_blocks(model, blocks, 2, num_inference_steps=3, progress=False, figures=["prefix_mixture-3"])
+    first, wanted = LENGTH // 2, []
+    for block in blocks:
+        ids = torch.tensor(block["input_ids"])
+        posterior = infer_posterior(model, ids[None, :first], num_inference_steps=3)
+        losses = [token_losses(model, ids, posterior.scoring_sample(k, 0))[first - 1 :].sum() for k in range(3)]
+        wanted.append(-math.log(sum(math.exp(-loss) for loss in losses) / 3))
+    assert scores.nats["prefix_mixture-3"].tolist() == pytest.approx(wanted, rel=1e-4)
+    single = score_blocks(model, blocks, num_inference_steps=0, progress=False, figures=["prefix", "prefix_mixture-1"])
+    assert single.mean("prefix_mixture-1")[0] != single.mean("prefix")[0]  # a sample, not the mean
+    with pytest.raises(ValueError, match="There is no figure 'prefix_mixture-0'"):
+        score_blocks(model, blocks, figures=["prefix_mixture-0"])
+
+
 def test_standard_error_is_over_blocks(model, blocks):
     likelihood = evaluate_likelihood(model, blocks, progress=False)
     losses = torch.stack([token_losses(model, torch.tensor(block["input_ids"])).mean() for block in blocks])

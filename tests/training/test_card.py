@@ -168,6 +168,19 @@ def test_cost_is_that_of_the_run(tmp_path, arguments, slow_gradient):
     assert cost["whole run (not a token)"] == f"{step * 1e9 / 1e18:.2f} E"
 
 
+def test_cost_where_inference_steps_are_drawn(tmp_path, arguments):
+    arguments.num_inference_steps, arguments.num_inference_steps_min = 4, 1
+    card = full_card(tmp_path, arguments)
+    _, cost = section(card, "Cost")
+    config = preset_config("ltm-small", num_inference_steps=4)
+    flops = training_flops(config, 512)
+    step = 2.5 * flops.fast_step + flops.slow_step
+    assert cost["training step: 2.5 of inference, 1 of learning"] == f"{step / 1e6:.2f} M"
+    paper = paper_training_flops(config, 512) * 3.5 / 5
+    assert cost["training step in the paper's account"] == f"{paper / 1e9:.2f} G"
+    assert section(card, "Training")[1]["inference steps (fast)"] == "1 to 4"
+
+
 def test_later_figures_join_the_metadata_and_leave_the_rest(tmp_path, arguments):
     """In place of what there was of the same data, beside what there was of others; without the released protocol."""
     before = full_card(tmp_path, arguments)

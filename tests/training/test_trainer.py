@@ -8,6 +8,7 @@ from datasets import Dataset
 from torch._dynamo.utils import counters
 
 from ltm_hf import LTMConfig, LTMForCausalLM, elbo
+from ltm_hf.flops import training_flops
 from ltm_hf.posterior_ltm import infer_posterior
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
 
@@ -164,6 +165,45 @@ def test_runs_of_one_seed_are_equal_and_of_another_are_not(make_trainer):
 
     assert losses(1) == losses(1)
     assert losses(1) != losses(2)  # noise of its own, on the same data
+
+
+def test_number_of_inference_steps_is_drawn(make_trainer, monkeypatch):
+    """Once for each optimiser step, whatever its parts; by the seed; all from the least to the most."""
+
+    def drawn(least, seed=0, **arguments):
+        steps = []
+
+        def recorded(*args, num_inference_steps, **kwargs):
+            steps.append(num_inference_steps)
+            return infer_posterior(*args, num_inference_steps=num_inference_steps, **kwargs)
+
+        monkeypatch.setattr("ltm_hf.training.trainer.infer_posterior", recorded)
+        settings = dict(num_inference_steps=2, num_inference_steps_min=least, max_steps=12, logging_steps=12)
+        make_trainer(make_model(), make_blocks(48), seed=seed, **settings | arguments).train()
+        return steps
+
+    steps = drawn(0)
+    assert set(steps) == {0, 1, 2} and drawn(0) == steps != drawn(0, seed=1)
+    parts = drawn(0, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert parts == [number for number in steps for _ in range(2)]
+    assert set(drawn(2)) == set(drawn(None)) == {2}
+    with pytest.raises(ValueError, match=r"num_inference_steps_min must be at most num_inference_steps \(2\), got 3"):
+        make_trainer(make_model(), make_blocks(4), num_inference_steps_min=3)
+    with pytest.raises(ValueError, match="num_inference_steps_min must be 0 or more, got -1"):
+        make_trainer(make_model(), make_blocks(4), num_inference_steps_min=-1)
+
+
+def test_flops_of_a_step(make_arguments):
+    """On average over the numbers of steps that are drawn; the decoder learns from each of a trajectory."""
+    config = make_model(num_inference_steps=3).config
+    cost = training_flops(config, BLOCK)
+    assert make_arguments().step_flops(config, BLOCK) == 3 * cost.fast_step + cost.slow_step
+    drawn = make_arguments(num_inference_steps_min=1)
+    assert drawn.step_flops(config, BLOCK) == 2 * cost.fast_step + cost.slow_step
+    drawn.slow_gradient = "trajectory"
+    assert drawn.step_flops(config, BLOCK) == 2 * cost.fast_step + 3 * cost.slow_step
+    twin = make_model(num_latents=0).config
+    assert drawn.step_flops(twin, BLOCK) == training_flops(twin, BLOCK).slow_step
 
 
 def test_resumes_where_it_stopped(make_trainer, tmp_path):

@@ -1,0 +1,38 @@
+"""Compare Latent Thought Models with their autoregressive twins, trained on the same tokens in the same order.
+
+    python examples/study.py                                        # examples/configs/study.yaml
+    python examples/study.py my_study.yaml --output_dir outputs/my_study
+    python examples/study.py --settings sotu --models natural-2 twin --seeds 42
+
+Trains and scores every cell of the grid (settings x models x seeds) that the output folder does not have yet, and
+writes there a Markdown table, study.png and, for each cell, its model and scores as JSON. Stopped, it goes on where it
+was. Every bound is scored with noise that no fit has seen; `ltm_hf.study` says what the fields of the YAML file mean.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from ltm_hf.study import Lever, Study, run_study
+
+
+def main(grid: str = "study.yaml", levers: Mapping[str, Lever] | None = None) -> None:
+    """grid: the default's name in examples/configs."""
+    parser = argparse.ArgumentParser(description="A comparison of models trained on the same tokens.")
+    parser.add_argument("grid", nargs="?", type=Path, default=Path(__file__).parent / "configs" / grid)
+    parser.add_argument("--output_dir", type=Path, help="default: outputs/ and the grid's name")
+    parser.add_argument("--settings", nargs="+", help="run the cells of these alone")
+    parser.add_argument("--models", nargs="+", help="run the cells of these alone")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run the cells of these alone")
+    args = parser.parse_args()
+    only = {name: chosen for name in ("settings", "models", "seeds") if (chosen := getattr(args, name))}
+    folder = args.output_dir or Path("outputs") / args.grid.stem
+    try:
+        words = run_study(Study.from_yaml(args.grid), folder, only, levers)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    print(f"\n{words}\nTables, picture and cells are in {folder}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""What a study is made of: settings x models x seeds, as a YAML file says it."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from ..configuration_ltm import LTMConfig
+from ..flops import count_parameters
+from ..training import LTMTrainingArguments
+
+
+@dataclass(frozen=True, eq=False)  # each is itself alone, and hashable
+class Setting:
+    """What all models of a comparison share.
+
+    corpus: arguments of `load_corpus`, `name_or_files` among them; none for presidents' messages.
+    tokenizer: entries of a byte-level BPE that is trained on the corpus, or the name or folder of one.
+    config: fields of `LTMConfig`: width, depth, window, and `max_position_embeddings`, which is the length of blocks.
+    training: fields of `LTMTrainingArguments`, such as `max_steps`.
+    """
+
+    corpus: dict = field(default_factory=dict)
+    tokenizer: int | str = 2048
+    config: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What one model has of its own, over the setting's.
+
+    config, training: as in `Setting`.
+    parameters_of: a model whose number of parameters this one gets, by the width of its feed-forward layers.
+    flops_of: a model whose FLOPs of training this one gets, by the number of its steps.
+    weights_of: a model that this one is after training; it differs in how it infers when it is scored.
+    lever: something to try that no field says; a name that `run_study` is given.
+    """
+
+    config: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    parameters_of: str | None = None
+    flops_of: str | None = None
+    weights_of: str | None = None
+    lever: str | None = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a trained model is scored, on held-out documents.
+
+    blocks: so many of them, drawn. steps: inference steps at test time. at: those of the two mixtures, which have
+    `importance_samples` (a bound) and `mixture_samples` (of the prefix loss).
+    """
+
+    blocks: int = 128
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    at: int = 32
+    importance_samples: int = 64
+    mixture_samples: int = 16
+    batch_size: int = 16
+
+    @property
+    def all_steps(self) -> list[int]:
+        return sorted({*self.steps, self.at})
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison: each model in each setting with each seed.
+
+    reference: the model, without latents, that differences are from. training: as in `Setting`, of all settings.
+
+    Raises ValueError for fields, models or levers that are not there, and for values that cannot work.
+    """
+
+    settings: dict[str, Setting]
+    models: dict[str, Model]
+    reference: str
+    seeds: tuple[int, ...] = (42,)
+    training: dict = field(default_factory=dict)
+    scoring: Scoring = field(default_factory=Scoring)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Study":
+        with open(path, encoding="utf-8") as file:
+            given = yaml.safe_load(file)
+        given.pop("shared", None)  # what other entries refer to by YAML's anchors
+        _check_names(cls, given, "the study")
+        for part, kind in (("settings", Setting), ("models", Model)):
+            given[part] = {name: _built(kind, entry or {}, f"{part}: {name}") for name, entry in given[part].items()}
+        given["seeds"] = tuple(given.get("seeds", cls.seeds))
+        scoring = given.get("scoring") or {}
+        scoring |= {"steps": tuple(scoring["steps"])} if "steps" in scoring else {}
+        given["scoring"] = _built(Scoring, scoring, "scoring")
+        return cls(**given)
+
+    def __post_init__(self):
+        if self.reference not in self.models:
+            raise ValueError(f"The reference {self.reference!r} is none of the models: {', '.join(self.models)}.")
+        for name, model in self.models.items():
+            for other in (model.parameters_of, model.flops_of, model.weights_of):
+                if other is not None and other not in self.models:
+                    raise ValueError(f"{name}: there is no model {other!r}; there are {', '.join(self.models)}.")
+        for setting in self.settings:  # so that nothing fails hours later
+            for model in self.models:
+                config, arguments = self.config(setting, model), self.arguments(setting, model, "", seed=0)
+                arguments.inference_steps(config)
+                if config.max_position_embeddings != self.block_size(setting):
+                    raise ValueError(f"{model}: all models of a setting must have its max_position_embeddings.")
+        if self.models[self.reference].config.get("num_latents") != 0:
+            raise ValueError(f"The reference {self.reference!r} must have num_latents=0: its loss is exact.")
+
+    def cells(self, only: dict[str, Collection] | None = None) -> Iterator[tuple[str, str, int]]:
+        """(setting, model, seed): all of a seed before the next. only: names of "settings", "models" or "seeds".
+
+        Raises ValueError for a name that is not there.
+        """
+        axes = {"seeds": self.seeds, "settings": tuple(self.settings), "models": tuple(self.models)}
+        for axis, names in (only or {}).items():
+            for name in names:
+                if name not in axes[axis]:
+                    raise ValueError(f"{name!r} is none of the {axis}: {', '.join(map(str, axes[axis]))}.")
+            axes[axis] = tuple(name for name in axes[axis] if name in names)
+        for seed in axes["seeds"]:
+            for setting in axes["settings"]:
+                for model in axes["models"]:
+                    yield setting, model, seed
+
+    def origin(self, setting: str, model: str) -> dict:
+        """All that the training of a cell depends on, beside the seed."""
+        about = self.models[model]
+        others = [self.models[name] for name in (about.parameters_of, about.flops_of) if name]
+        parts = {"setting": self.settings[setting], "model": about}
+        return {name: asdict(part) for name, part in parts.items()} | {
+            "others": [asdict(other) for other in others],
+            "training": self.training,
+        }
+
+    def block_size(self, setting: str) -> int:
+        """Tokens; of all models of a setting."""
+        return self.config(setting, self.reference).max_position_embeddings
+
+    def config(self, setting: str, model: str, **tokenizer) -> LTMConfig:
+        """The configuration of a cell. tokenizer: `vocab_size` and the ids of special tokens, where they are known."""
+        about, entries = self.models[model], self.settings[setting].tokenizer
+        if not tokenizer:
+            tokenizer = dict(vocab_size=entries if isinstance(entries, int) else 50258, bos_token_id=1, eos_token_id=0)
+        given = self.settings[setting].config | about.config | tokenizer
+        unknown = given.keys() - {field.name for field in fields(LTMConfig)} - {"rope_parameters"}
+        if unknown:
+            raise ValueError(f"{setting}, {model}: LTMConfig has no {', '.join(sorted(unknown))}.")
+        config = LTMConfig(**given)
+        if about.parameters_of is None:
+            return config
+        missing = count_parameters(self.config(setting, about.parameters_of, **tokenizer)) - count_parameters(config)
+        a_channel = 3 * config.num_hidden_layers * config.hidden_size
+        return LTMConfig(**given | {"intermediate_size": config.intermediate_size + round(missing / a_channel)})
+
+    def arguments(self, setting: str, model: str, folder: str | Path, seed: int, **tokenizer) -> LTMTrainingArguments:
+        """The training arguments of a cell, which is trained in this folder. tokenizer: as for `config`."""
+        about = self.models[model]
+        given = _TRAINING | self.training | self.settings[setting].training | about.training
+        _check_names(LTMTrainingArguments, given, f"{setting}, {model}: training")
+        arguments = LTMTrainingArguments(output_dir=str(folder), seed=seed, **given)
+        if about.flops_of is not None:
+            other = self.arguments(setting, about.flops_of, folder, seed, **tokenizer)
+            ratio = self.flops(setting, about.flops_of, other, **tokenizer)
+            ratio /= self.flops(setting, model, arguments, **tokenizer)
+            arguments.max_steps = round(arguments.max_steps * ratio)
+        return arguments
+
+    def flops(self, setting: str, model: str, arguments: LTMTrainingArguments, **tokenizer) -> float:
+        """FLOPs a token of training."""
+        config = self.config(setting, model, **tokenizer)
+        return arguments.step_flops(config, config.max_position_embeddings)
+
+
+_TRAINING = {
+    "per_device_train_batch_size": 16,
+    "warmup_steps": 100,
+    "logging_steps": 100,
+    "save_strategy": "no",
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+}
+
+
+def _built(kind: type, given: dict, where: str):
+    _check_names(kind, given, where)
+    return kind(**given)
+
+
+def _check_names(kind: type, given: dict, where: str) -> None:
+    known = [field.name for field in fields(kind)]
+    unknown = given.keys() - set(known)
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        there = f"; there are {', '.join(known)}" if len(known) < 20 else f" in {kind.__name__}"
+        raise ValueError(f"{where}: there is no {names}{there}.")

@@ -1,0 +1,155 @@
+"""What the cells of a study say together: tables, and a picture of what thinking buys."""
+
+import math
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..evaluation.figures import markdown_rows, mean_and_error, ratio_and_error
+from .grid import Study
+
+Cells = dict[tuple[str, str, int], dict]  # by setting, model and seed
+Seeds = dict[int, dict]  # a model's cells in a setting
+
+
+class Estimate(NamedTuple):
+    """Nats a token over the seeds, with standard errors over documents and over seeds; NaN where one is not known."""
+
+    value: float
+    over_documents: float
+    over_seeds: float
+
+    def __str__(self):
+        errors = [f"± {error:.4f}" for error in self[1:] if not math.isnan(error)]
+        return " ".join([f"{self.value:.4f}", *errors])
+
+
+def estimate(cells: Seeds, figure: str, minus: Seeds | None = None, other: str = "") -> Estimate:
+    """A figure, over the seeds; or what it lies above another of the same tokens, over the seeds that both have."""
+    seeds = sorted(cells.keys() & minus.keys() if minus else cells)
+    if not seeds:
+        return Estimate(math.nan, math.nan, math.nan)
+    score = cells[seeds[0]]["scores"][figure]
+    tokens, documents = torch.tensor(score["tokens"]).double(), torch.tensor(score["documents"])
+    nats = torch.tensor([cells[seed]["scores"][figure]["nats"] for seed in seeds]).double()  # (seeds, blocks)
+    if minus:
+        nats -= torch.tensor([minus[seed]["scores"][other]["nats"] for seed in seeds]).double()
+    value, over_documents = ratio_and_error(nats.mean(dim=0), tokens, documents)
+    return Estimate(value, over_documents, mean_and_error(nats.sum(dim=1) / tokens.sum())[1])
+
+
+def in_words(study: Study, cells: Cells) -> str:
+    """Markdown: for each setting, what models cost and predict at equal tokens, and at equal training FLOPs; and what
+    longer thinking at test time buys."""
+    about = study.scoring
+    parts = [
+        f"Nats a token of held-out blocks. loss: exact, or for a model with latents the bound with fresh noise after "
+        f"{about.at} inference steps; iw: importance-weighted bound, {about.importance_samples} samples; prefix: exact "
+        f"loss of what follows a prefix, latents from the prefix alone; mixture: the same by {about.mixture_samples} "
+        f"samples of them. Differences are from {study.reference}, block by block, ± standard error over documents ± "
+        f"over seeds. MFLOPs and ms (of this run, whatever else the machine did) are of training, a token and a step."
+    ]
+    for setting in study.settings:
+        by_model = _by_model(study, cells, setting)
+        equal = [name for name in by_model if study.models[name].flops_of is None]
+        scaled = [name for name in by_model if study.models[name].flops_of in by_model]
+        like = {study.models[name].flops_of for name in scaled}
+        if equal:
+            parts += [f"## {setting}, equal tokens", _costs(study, by_model, equal)]
+        if scaled:
+            chosen = [name for name in by_model if name in like or name in scaled]
+            parts += [f"## {setting}, equal training FLOPs", _costs(study, by_model, chosen)]
+        thinking = [name for name in by_model if f"bound@{about.at}" in _figures(by_model[name])]
+        if thinking:
+            parts += [f"## {setting}, inference steps at test time", _thinking(study, by_model, thinking)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_model(study: Study, cells: Cells, setting: str) -> dict[str, Seeds]:
+    """Of the models that have any cell."""
+    found = {
+        name: {seed: cells[setting, name, seed] for seed in study.seeds if (setting, name, seed) in cells}
+        for name in study.models
+    }
+    return {name: seeds for name, seeds in found.items() if seeds}
+
+
+def _figures(cells: Seeds) -> dict:
+    """Scores of one seed, by figure."""
+    return next(iter(cells.values()))["scores"]
+
+
+def _costs(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str:
+    at, reference = study.scoring.at, by_model.get(study.reference)
+    head = [
+        "model",
+        "seeds",
+        "parameters",
+        "MFLOPs",
+        "steps",
+        "ms",
+        "loss",
+        "difference",
+        "kl",
+        "iw",
+        "prefix",
+        "difference",
+    ]
+    rows = [[*head, "mixture"]]
+    for name in names:
+        cells, other = by_model[name], None if name == study.reference else reference
+        one, known = next(iter(cells.values())), _figures(cells)
+        bound, prefix = (f"bound@{at}", f"prefix@{at}") if f"bound@{at}" in known else ("exact", "prefix_exact")
+        figures = {figure: f"{estimate(cells, figure).value:.4f}" for figure in known}
+        bound_above, prefix_above = (
+            "" if other is None else str(estimate(cells, figure, other, exact))
+            for figure, exact in ((bound, "exact"), (prefix, "prefix_exact"))
+        )
+        costs = [str(len(cells)), f"{one['parameters']:,}", f"{one['flops'] / 1e6:.2f}", f"{one['steps']:,}"]
+        costs.append(f"{1000 * statistics.median(cell['seconds'] for cell in cells.values()):.0f}")
+        losses = [figures[bound], bound_above, figures.get(f"kl@{at}", ""), figures.get("iw", "")]
+        rows.append([name, *costs, *losses, figures[prefix], prefix_above, figures.get("mixture", "")])
+    return markdown_rows(rows)
+
+
+def _thinking(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str:
+    steps = study.scoring.all_steps
+    rows = [["model", "", *map(str, steps)]]
+    for name in names:
+        for kind in ("bound", "prefix"):
+            values = [f"{estimate(by_model[name], f'{kind}@{number}').value:.4f}" for number in steps]
+            rows.append([name, kind, *values])
+    return markdown_rows(rows)
+
+
+def plot(study: Study, cells: Cells, path: Path) -> None:
+    """Write a PNG: bounds and prefix losses against inference steps, a row for each setting.
+
+    Bars are standard errors, over documents, of differences from the reference; models without latents are level lines.
+    """
+    from matplotlib.figure import Figure
+
+    settings = {setting: found for setting in study.settings if (found := _by_model(study, cells, setting))}
+    figure = Figure(figsize=(11.5, 4.2 * len(settings)), layout="constrained")
+    grid = figure.subplots(len(settings), 2, squeeze=False)
+    for axes_of_row, (setting, by_model) in zip(grid, settings.items(), strict=True):
+        reference = by_model.get(study.reference)
+        for axes, kind, exact in zip(axes_of_row, ("bound", "prefix"), ("exact", "prefix_exact"), strict=True):
+            for index, (name, found) in enumerate(by_model.items()):
+                steps = [number for number in study.scoring.all_steps if f"{kind}@{number}" in _figures(found)]
+                if not steps:
+                    axes.axhline(estimate(found, exact).value, color=f"C{index}", ls="--", lw=1.2, label=name)
+                    continue
+                values = [estimate(found, f"{kind}@{number}") for number in steps]
+                errors = [estimate(found, f"{kind}@{n}", reference, exact).over_documents for n in steps]
+                axes.errorbar(
+                    range(len(steps)), [value.value for value in values], errors, fmt="o-", color=f"C{index}", ms=4,
+                    capsize=3, label=name,
+                )  # fmt: skip
+                axes.set_xticks(range(len(steps)), [str(number) for number in steps])
+            title = "bound with fresh noise" if kind == "bound" else "prefix: what follows, latents from what precedes"
+            axes.set(xlabel="inference steps at test time", ylabel="nats a token", title=f"{setting}: {title}")
+        axes_of_row[1].legend(fontsize=8)
+    figure.savefig(path, dpi=120)

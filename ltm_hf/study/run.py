@@ -1,0 +1,66 @@
+"""A study run cell by cell, each kept as it is done."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from ..evaluation.report import kept, write_whole
+from .cell import Lever, prepare, score_cell, train_cell
+from .grid import Study
+from .results import Cells, in_words, plot
+
+
+def run_study(
+    study: Study,
+    folder: str | Path,
+    only: dict[str, Collection] | None = None,
+    levers: Mapping[str, Lever] | None = None,
+) -> str:
+    """Train and score the cells that are not in the folder yet, and write `README.md` and `study.png` after each.
+
+    The folder SETTING/MODEL/SEED has a cell's model, `training.json` and `scores.json`, each with what it depends on:
+    a study that was stopped goes on where it was, and one that was changed runs again what the change touches. Tables
+    and picture are of all cells that are there, whatever `only` says.
+
+    only: names of "settings", "models" or "seeds". levers: what the models' `lever` refer to, by name.
+
+    Returns the tables. Raises ValueError before any training for names that are not there.
+    """
+    folder, levers = Path(folder), {None: Lever()} | dict(levers or {})
+    for name, model in study.models.items():
+        if model.lever not in levers:
+            there = ", ".join(lever for lever in levers if lever) or "none"
+            raise ValueError(f"{name}: there is no lever {model.lever!r}; there are: {there}.")
+    todo = list(study.cells(only))
+    for number, cell in enumerate(todo, start=1):
+        print(f"Cell {number} of {len(todo)}: {', '.join(map(str, cell))}", flush=True)
+        _cell(study, folder, *cell, levers)
+        words = _write(study, folder)
+    return words
+
+
+def _cell(
+    study: Study, folder: Path, setting: str, model: str, seed: int, levers: Mapping | None = None
+) -> dict | None:
+    """What is kept of a cell; computed where there are levers, else None if any of it is missing."""
+    learner = study.models[model].weights_of or model
+    training = study.origin(setting, learner)
+    scores = training | {"scored": asdict(study.models[model]), "scoring": asdict(study.scoring)}
+    place, lever = folder / setting / learner / str(seed), (levers or {}).get(study.models[learner].lever)
+
+    def work(function, name):
+        data = prepare(study.settings[setting], study.block_size(setting), study.scoring.blocks)
+        return function(study, setting, name, seed, data, place, lever)
+
+    facts = kept(place / "training.json", training, levers and (lambda: work(train_cell, learner)))
+    path = folder / setting / model / str(seed) / "scores.json"
+    found = facts and kept(path, scores, levers and (lambda: work(score_cell, model)))
+    return found and facts | {"scores": found}
+
+
+def _write(study: Study, folder: Path) -> str:
+    cells: Cells = {cell: found for cell in study.cells() if (found := _cell(study, folder, *cell))}
+    words = in_words(study, cells)
+    plot(study, cells, folder / "study.png")
+    write_whole(folder / "README.md", f"# Study\n\n{words}\n![Losses against inference steps](study.png)\n")
+    return words

@@ -1,0 +1,230 @@
+"""The study: what its cells share, how it goes on, and figures that can be worked out by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from ltm_hf import LTMForCausalLM
+from ltm_hf.evaluation import evaluate_likelihood
+from ltm_hf.flops import count_parameters
+from ltm_hf.study import Lever, Model, Scoring, Setting, Study, estimate, run_study
+from ltm_hf.study.cell import prepare, score_cell, train_cell
+from ltm_hf.training import LTMTrainer
+
+GRID = """
+shared: &shape
+  {hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2, sliding_window: 4,
+   max_position_embeddings: 16, num_latents: 4, initializer_range: 0.2}
+settings:
+  letters:
+    corpus: {name_or_files: FILES}
+    tokenizer: 258
+    config: *shape
+training: {max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2, warmup_steps: 0, use_cpu: true,
+           disable_tqdm: true}
+reference: twin
+seeds: [1, 2]
+scoring: {blocks: 5, steps: [1, 2], at: 2, importance_samples: 3, mixture_samples: 3}
+models:
+  natural: {}
+  natural-lbfgs: {weights_of: natural, config: {inference_optimizer: lbfgs}}
+  twin: {config: {num_latents: 0}, parameters_of: natural}
+  full: {config: {num_latents: 0, sliding_window: null}, parameters_of: natural}
+  longer: {config: {num_latents: 0}, flops_of: natural}
+"""
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """The YAML file, on a corpus of 30 documents."""
+    folder = tmp_path_factory.mktemp("grid")
+    generator = torch.Generator().manual_seed(0)
+    texts = ["".join(chr(97 + i) for i in torch.randint(6, (40,), generator=generator)) for _ in range(30)]
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    (folder / "letters.jsonl").write_text(lines)
+    (folder / "grid.yaml").write_text(GRID.replace("FILES", str(folder / "letters.jsonl")))
+    return folder / "grid.yaml"
+
+
+@pytest.fixture(scope="module")
+def study(grid):
+    return Study.from_yaml(grid)
+
+
+@pytest.fixture(scope="module")
+def folder(study, tmp_path_factory):
+    """Of a study that has been run."""
+    folder = tmp_path_factory.mktemp("study")
+    run_study(study, folder)
+    return folder
+
+
+def read(folder, model, seed, name):
+    return json.loads((folder / "letters" / model / str(seed) / f"{name}.json").read_text())["result"]
+
+
+def test_equal_parameters_and_equal_flops(study):
+    reference = study.config("letters", "natural")
+    for name in ("twin", "full"):
+        config = study.config("letters", name)
+        channel = 3 * config.num_hidden_layers * config.hidden_size
+        assert abs(count_parameters(config) - count_parameters(reference)) <= channel / 2
+        assert not config.num_latents and config.intermediate_size > reference.intermediate_size
+    assert study.config("letters", "full").sliding_window is None
+    natural, longer = (study.arguments("letters", name, "", 0) for name in ("natural", "longer"))
+    cost, less = study.flops("letters", "natural", natural), study.flops("letters", "longer", longer)
+    assert longer.max_steps == round(3 * cost / less) > natural.max_steps == 3
+
+
+def test_cells_are_kept_and_what_they_are(study, folder, grid):
+    for model in ("natural", "twin", "full", "longer"):
+        facts = read(folder, model, 1, "training")
+        loaded = LTMForCausalLM.from_pretrained(folder / "letters" / model / "1")
+        assert facts["parameters"] == loaded.num_parameters() == count_parameters(loaded.config)
+        assert facts["tokens"] == facts["steps"] * 4 * 16
+        assert facts["steps"] == study.arguments("letters", model, "", 1).max_steps
+    assert not (folder / "letters" / "natural-lbfgs" / "1" / "training.json").exists()
+    assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
+    words = (folder / "README.md").read_text()
+    assert words.count("| natural ") == 2 + 2  # in both tables of costs, and its two lines of thinking
+    assert "equal training FLOPs" in words and "| longer " in words
+
+
+def test_scores_are_those_of_the_library(study, folder):
+    """Of the models as kept, on held-out blocks, each full and of one document."""
+    data = prepare(study.settings["letters"], 16, study.scoring.blocks)
+    assert {len(row["input_ids"]) for row in [*data.blocks, *data.following, *data.train]} == {16}
+    for model, optimizer in (("natural", "natural"), ("natural-lbfgs", "lbfgs")):
+        loaded, scores = (
+            LTMForCausalLM.from_pretrained(folder / "letters" / "natural" / "1"),
+            read(folder, model, 1, "scores"),
+        )
+        for steps in (1, 2):
+            options = dict(num_inference_steps=steps, inference_optimizer=optimizer, progress=False)
+            found = evaluate_likelihood(loaded, data.blocks, figures=["bound", "kl"], **options)
+            found |= evaluate_likelihood(loaded, data.following, figures=["prefix"], **options)
+            for name in ("bound", "kl", "prefix"):
+                value = estimate({1: {"scores": scores}}, f"{name}@{steps}").value
+                assert value == pytest.approx(found[name], abs=1e-5)
+    assert read(folder, "natural", 1, "scores")["bound@2"] != read(folder, "natural-lbfgs", 1, "scores")["bound@2"]
+
+
+def test_same_tokens_in_the_same_order(study, folder, tmp_path):
+    """Whatever the model; the longer run begins with them."""
+    seen = {}
+
+    def lever(name):
+        class Recorded(LTMTrainer):
+            def training_step(self, model, inputs, *args, **kwargs):
+                seen.setdefault(name, []).append(inputs["input_ids"].tolist())
+                return super().training_step(model, inputs, *args, **kwargs)
+
+        return Lever(trainer=Recorded)
+
+    models = {name: Model(**vars(study.models[name]) | {"lever": name}) for name in ("natural", "twin", "longer")}
+    run_study(
+        Study(study.settings, models, "twin", (1,), study.training, study.scoring),
+        tmp_path,
+        None,
+        {n: lever(n) for n in models},
+    )
+    assert seen["natural"] == seen["twin"] == seen["longer"][:3] and len(seen["longer"]) > 3
+
+
+def test_goes_on_where_it_was(grid, study, folder, monkeypatch):
+    """Nothing is done twice; a change runs again what it touches, and a new score needs no training."""
+    done = []
+    for function in (train_cell, score_cell):
+
+        def spied(*args, function=function):
+            done.append((function.__name__, args[2], args[3]))
+            return function(*args)
+
+        monkeypatch.setattr(f"ltm_hf.study.run.{function.__name__}", spied)
+    words = run_study(study, folder)
+    assert not done and "natural-lbfgs" in words
+    given = yaml.safe_load(grid.read_text())
+    given["scoring"]["blocks"] = 4
+    grid_too = grid.with_name("again.yaml")
+    grid_too.write_text(yaml.safe_dump(given, sort_keys=False))
+    run_study(Study.from_yaml(grid_too), folder, {"seeds": [2], "models": ["natural", "natural-lbfgs"]})
+    assert done == [("score_cell", "natural", 2), ("score_cell", "natural-lbfgs", 2)]
+    done.clear()
+    given["models"]["twin"]["training"] = {"learning_rate": 1e-3}
+    grid_too.write_text(yaml.safe_dump(given, sort_keys=False))
+    run_study(Study.from_yaml(grid_too), folder, {"seeds": [2], "models": ["twin", "full"]})
+    assert done == [("train_cell", "twin", 2), ("score_cell", "twin", 2), ("score_cell", "full", 2)]
+
+
+def test_levers_change_model_and_training(study, tmp_path):
+    def close(model):
+        for layer in model.model.layers:
+            torch.nn.init.zeros_(layer.cross_attention_gate.weight)
+
+    class Still(LTMTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            return super().training_step(model, inputs, *args, **kwargs) * 0
+
+    models = {"closed": Model(training={"learning_rate": 1e-30}, lever="closed"), "twin": study.models["natural"]}
+    models["twin"] = Model(config={"num_latents": 0})
+    small = Study(study.settings, models, "twin", (1,), study.training, study.scoring)
+    run_study(small, tmp_path, {"models": ["closed"]}, {"closed": Lever(close, Still)})
+    scores = read(tmp_path, "closed", 1, "scores")
+    assert scores["bound@2"]["nats"] == pytest.approx(scores["exact"]["nats"], abs=1e-5)  # no latent is read
+    assert not (tmp_path / "letters" / "closed" / "1" / "config.json").exists()
+    with pytest.raises(ValueError, match="closed: there is no lever 'closed'; there are: other"):
+        run_study(small, tmp_path, None, {"other": Lever()})
+
+
+def score(nats, documents=(0, 0, 1), tokens=(10.0, 10.0, 20.0)):
+    return {"nats": nats, "documents": list(documents), "tokens": list(tokens)}
+
+
+def test_estimates_by_hand():
+    """40 tokens of two documents; two seeds."""
+    cells = {1: {"scores": {"a": score([10, 20, 30])}}, 2: {"scores": {"a": score([14, 24, 42])}}}
+    value, over_documents, over_seeds = estimate(cells, "a")
+    assert value == pytest.approx((60 + 80) / 2 / 40)
+    # Documents: (12 + 22)/20 and 36/20, means 1.7 and 1.8 about 1.75; ± half of their distance.
+    assert over_documents == pytest.approx(0.05)
+    assert over_seeds == pytest.approx((2.0 - 1.5) / 2)  # of 1.5 and 2.0
+    other = {2: {"scores": {"b": score([4, 4, 2])}}, 3: {"scores": {"b": score([0, 0, 0])}}}
+    value, _, over_seeds = estimate(cells, "a", other, "b")
+    assert value == pytest.approx(70 / 40) and math.isnan(over_seeds)  # seed 2 alone has both
+    assert str(estimate(cells, "a")) == "1.7500 ± 0.0500 ± 0.2500"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference": "nobody"}, "The reference 'nobody' is none of the models: natural"),
+        ({"reference": "natural"}, "The reference 'natural' must have num_latents=0"),
+        ({"models": {"natural": {"color": 1}, "twin": {}}}, "models: natural: there is no color; there are config"),
+        ({"models": {"natural": {"config": {"width": 1}}}}, "letters, natural: LTMConfig has no width"),
+        ({"models": {"natural": {"training": {"pace": 1}}}}, "training: there is no pace in LTMTrainingArguments"),
+        ({"models": {"natural": {"parameters_of": "x"}}}, "natural: there is no model 'x'; there are natural, twin"),
+        ({"models": {"natural": {"config": {"num_latents": 3}}}}, "num_latents"),
+        ({"models": {"natural": {"training": {"num_inference_steps_min": 9}}}}, "must be at most num_inference_steps"),
+        ({"models": {"natural": {"config": {"max_position_embeddings": 8}}}}, "all models of a setting must have its"),
+        ({"colour": 1}, "the study: there is no colour; there are settings, models"),
+    ],
+)
+def test_bad_input_is_named(grid, change, message):
+    given = yaml.safe_load(grid.read_text())
+    models = change.pop("models", None)
+    if models is not None:
+        given["models"] = models | {"twin": {"config": {"num_latents": 0}}}
+    grid_too = grid.with_name("bad.yaml")
+    grid_too.write_text(yaml.safe_dump(given | change, sort_keys=False))
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        Study.from_yaml(grid_too)
+
+
+def test_names_that_are_not_there(study, tmp_path):
+    with pytest.raises(ValueError, match="'nobody' is none of the models: natural, natural-lbfgs, twin, full, longer"):
+        run_study(study, tmp_path, {"models": ["nobody"]})
+    short = Study({"letters": Setting()}, {"twin": Model({"num_latents": 0})}, "twin", scoring=Scoring(blocks=2))
+    assert [*short.cells()] == [("letters", "twin", 42)]
