@@ -177,7 +177,7 @@ def test_cost_where_inference_steps_are_drawn(tmp_path, arguments):
     step = 2.5 * flops.fast_step + flops.slow_step
     assert cost["training step: 2.5 of inference, 1 of learning"] == f"{step / 1e6:.2f} M"
     paper = paper_training_flops(config, 512) * 3.5 / 5
-    assert cost["training step in the paper's account"] == f"{paper / 1e9:.2f} G"
+    assert cost["training step in the paper's account"] == f"{paper / 1e6:.2f} M"
     assert section(card, "Training")[1]["inference steps (fast)"] == "1 to 4"
 
 
