@@ -211,8 +211,11 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             self._sums["kl"] += posterior.kl_divergence().sum().item()
         self._sums["non_finite_rows"] += posterior.num_non_finite
         self._count_flops(self._evidence(inputs)["input_ids"], fast_steps=len(posterior.elbo_trace))
-        final = posterior.sample(seed)
-        return [*trajectory, final]
+        return [*trajectory, *self._samples(posterior, seed)]
+
+    def _samples(self, posterior, seed: int) -> list[torch.Tensor]:
+        """Of the fitted posterior, for the decoder to learn from."""
+        return [posterior.sample(seed)]
 
     def _count_flops(self, input_ids, fast_steps=0, slow_steps=0) -> None:
         if self._peak_flops:
