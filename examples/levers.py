@@ -1,7 +1,7 @@
 """Things to try that the package does not have, each by itself, on the same tokens: examples/study.py with levers.
 
     python examples/levers.py                                       # examples/configs/levers.yaml
-    python examples/levers.py --models "natural" "tanh gate"
+    python examples/levers.py --models natural tanh-gate
 
 Options and output are those of examples/study.py. What was found is in examples/benchmarks/RESULTS.md.
 """
@@ -265,34 +265,31 @@ class FreeBits(NaturalInference):
 
 
 register_inference_optimizer("tempered", Tempered)
-register_inference_optimizer("free bits", FreeBits)
+register_inference_optimizer("free-bits", FreeBits)
 
 LEVERS = {
-    "gate": Lever(gate),
-    "scalar gate": Lever(partial(gate, of="all")),
-    "head gate": Lever(partial(gate, of="head")),
-    "tanh gate": Lever(partial(gate, tanh=True)),
-    "gate from 0.3": Lever(partial(gate, start=0.3)),
-    "gate from 1": Lever(partial(gate, start=1.0)),
-    "fast gate": Lever(gate, GateRate),
-    "small output": Lever(small_output),
+    "scalar-gate": Lever(partial(gate, of="all")),
+    "head-gate": Lever(partial(gate, of="head")),
+    "tanh-gate": Lever(partial(gate, tanh=True)),
+    "fast-gate": Lever(gate, GateRate),
+    "small-output": Lever(small_output),
     "norm": Lever(lambda model: through(model, Fixed(norm))),
     "narrow": Lever(lambda model: through(model, Fixed(partial(narrow, share=0.25)))),
     "shared": Lever(lambda model: through(model, Fixed(shared))),
-    "first layer": Lever(partial(in_layers, chosen=[0])),
-    "last layer": Lever(partial(in_layers, chosen=[-1])),
-    "diagonal prior": Lever(lambda model: through(model, Affine(model.config.latent_shape))),
-    "hierarchical prior": Lever(
+    "first-layer": Lever(partial(in_layers, chosen=[0])),
+    "last-layer": Lever(partial(in_layers, chosen=[-1])),
+    "diagonal-prior": Lever(lambda model: through(model, Affine(model.config.latent_shape))),
+    "hierarchical-prior": Lever(
         lambda model: through(model, Hierarchical(model.config.num_hidden_layers, model.config.hidden_size))
     ),
-    "two samples": Lever(trainer=TwoSamples),
-    "antithetic samples": Lever(trainer=AntitheticSamples),
+    "two-samples": Lever(trainer=TwoSamples),
+    "antithetic-samples": Lever(trainer=AntitheticSamples),
     "means": Lever(trainer=Means),
-    "averaged weights": Lever(trainer=Averaged),
+    "averaged-weights": Lever(trainer=Averaged),
     "continuation": Lever(trainer=Continuation),
     "unrolled": Lever(trainer=Unrolled),
-    "unrolled twice": Lever(trainer=TwiceUnrolled),
-    "unrolled, prior": Lever(lambda model: through(model, Affine(model.config.latent_shape, shift=1.0)), Unrolled),
+    "unrolled-twice": Lever(trainer=TwiceUnrolled),
+    "unrolled-prior": Lever(lambda model: through(model, Affine(model.config.latent_shape, shift=1.0)), Unrolled),
 }
 
 if __name__ == "__main__":
