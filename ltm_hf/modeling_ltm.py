@@ -445,11 +445,14 @@ def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, 
 CHUNK_BYTES = 2**25  # of float32 logits, the most that the losses below hold at a time
 
 
-def token_losses(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_losses(
+    head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, prelude: Prelude | None = None
+) -> torch.Tensor:
     """(B, S) float32 nats, -log p of the targets (B, S) given hidden states (B, S, D); 0 where a target is -100.
 
     A head that is frozen, or used without a graph, gets the scored tokens alone, a chunk at a time. All tokens at once
     go to one that learns or is compiled, and to one with hooks, which may count calls or gather weights at each.
+    prelude: of these targets, to keep in it which are scored.
     """
     hooked = head._forward_hooks or head._forward_pre_hooks
     if _learns(head) or hooked or torch.compiler.is_compiling():
@@ -461,9 +464,16 @@ def token_losses(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Te
             reduction="none",
         )
         return losses.view(targets.shape)
-    scored = (targets != IGNORED).nonzero(as_tuple=True)
-    losses = _FrozenHeadLosses.apply(hidden_states[scored], targets[scored].long(), head)
-    return losses.new_zeros(targets.shape).index_put(scored, losses)
+    scored = None if prelude is None else prelude.scored
+    if scored is None:
+        targets = targets.to(hidden_states.device)
+        places = (targets != IGNORED).nonzero(as_tuple=True)  # which waits for a GPU
+        scored = places, targets[places].long()
+        if prelude is not None:
+            prelude.scored = scored
+    places, wanted = scored
+    losses = _FrozenHeadLosses.apply(hidden_states[places], wanted, head)
+    return losses.new_zeros(targets.shape).index_put(places, losses)
 
 
 def mean_loss(
@@ -557,10 +567,10 @@ class _FrozenHeadLosses(torch.autograd.Function):
                     # By the head's own forward and backward, so that it may be of any class. It gets no leaf, which
                     # torch's FlopCounterMode could not watch.
                     logits = head(states.view_as(states))
-                loss, excess = _cross_entropy_(logits.detach(), wanted)
+                loss, excess = _cross_entropy_(logits.detach(), wanted.to(logits.device))
                 if wants_gradient:
                     place.copy_(torch.autograd.grad(logits, states, excess.to(logits.dtype))[0])
-            losses.append(loss.squeeze(1))
+            losses.append(loss.squeeze(1).to(place.device))  # accelerate may have put the head elsewhere
             del logits, excess  # before the next chunk's
         if wants_gradient:
             ctx.save_for_backward(gradient)
@@ -693,6 +703,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_reduction: str | None = None,
+        prelude: Prelude | None = None,
         **kwargs,
     ) -> LTMCausalLMOutputWithPast:
         """Logits (B, S, vocabulary) of the next token given latents, and the mean loss in nats a token given labels.
@@ -719,11 +730,12 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             latents=latents,
             latent_key_values=latent_key_values,
             use_cache=use_cache,
+            prelude=prelude,
             **kwargs,
         )
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
         if loss_reduction == "none":
-            loss = token_losses(self.lm_head, hidden_states[:, :-1], labels[:, 1:])
+            loss = token_losses(self.lm_head, hidden_states[:, :-1], labels[:, 1:], prelude)
         elif loss_reduction == "mean" and self.loss_function is ForCausalLMLoss and kwargs.get("shift_labels") is None:
             num_items = kwargs.get("num_items_in_batch")
             loss = mean_loss(self.lm_head, hidden_states[:, :-1], labels[:, 1:], num_items)

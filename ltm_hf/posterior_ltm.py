@@ -226,14 +226,16 @@ def scored_tokens(input_ids, attention_mask=None, labels=None) -> torch.Tensor:
 
 
 class Prelude:
-    """What a frozen decoder makes of a batch before it reads any latent: the same at every step of the fast loop.
+    """What the fast loop makes of a batch before it reads any latent: the same at every step for a frozen decoder.
 
-    The decoder's first forward pass fills it, without a graph, and later ones start from it. A compiled decoder leaves
-    it empty: its graph would not be the same at the first step.
+    The first step fills it, without a graph, and later ones start from it. A compiled decoder leaves its own part, all
+    but the labels, empty: its graph would not be the same at the first step.
     """
 
+    labels: torch.Tensor | None = None  # (B, S), -100 where nothing is scored
     inputs: tuple[torch.Tensor, dict] | None = None  # of the layers: embeddings; mask, positions, rotary tables
     hidden_states: torch.Tensor | None = None  # (B, S, D), which enter layer 0's cross-attention
+    scored: tuple[tuple[torch.Tensor, ...], torch.Tensor] | None = None  # of M tokens: rows and positions; targets
 
 
 def negative_log_likelihood(
@@ -243,16 +245,18 @@ def negative_log_likelihood(
 
     `latents=None`: of the plain decoder, or of any other causal language model. prelude: of this batch, for an LTM.
     """
-    targets = scored_tokens(input_ids, attention_mask, labels)
+    if prelude is not None and prelude.labels is not None:
+        labels = prelude.labels
+    else:
+        labels = F.pad(scored_tokens(input_ids, attention_mask, labels), (1, 0), value=IGNORED)
     given = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
     if latents is not None:
         given["latents"] = latents
     if getattr(getattr(model, "config", None), "model_type", None) == "ltm":  # which can do without the logits
-        labels = F.pad(targets, (1, 0), value=IGNORED)
         if prelude is not None:
-            given["prelude"] = prelude
+            given["prelude"], prelude.labels = prelude, labels
         return model(**given, labels=labels, loss_reduction="none").loss.sum(dim=1)
-    logits = model(**given).logits
+    logits, targets = model(**given).logits, labels[:, 1:]
     losses = F.cross_entropy(
         logits[:, :-1].float().flatten(0, 1), targets.flatten().long(), ignore_index=IGNORED, reduction="none"
     )

@@ -1,10 +1,12 @@
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from ltm_hf import LatentPosterior, elbo, infer_posterior, posterior_ltm
@@ -886,6 +888,50 @@ def test_what_reads_no_latents_is_computed_once(model, ids, monkeypatch, sharded
     same_posterior(model.infer_posterior(ids, num_inference_steps=5), expected)
     a_call = 5 if sharded else 1
     assert [len(calls) for calls in counts] == [a_call, 2 * a_call, a_call, a_call, 5, 5, 5, 5]  # tokens' and latents'
+
+
+class Operations(TorchDispatchMode):
+    """How often each operation runs inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket] += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "ZeRO-3"])
+def test_targets_are_found_once(model, ids, pad_rows, monkeypatch, sharded):
+    """With padding and labels: what is scored, and where; and the posterior is the same to the last bit."""
+    batch, mask = pad_rows([ids[0], ids[1, :7]], "left")
+    labels = batch.masked_fill(torch.arange(batch.shape[1]) < 9, -100)
+    expected = [model.infer_posterior(batch, mask, labels, num_inference_steps=5) for _ in range(2)][1]
+    if sharded:
+        model.lm_head.weight.ds_status = "as DeepSpeed marks it"
+    calls = []
+    monkeypatch.setattr(
+        posterior_ltm, "scored_tokens", lambda *args, made=scored_tokens: calls.append(1) or made(*args)
+    )
+    at_steps = []
+    with Operations() as operations:
+        actual = model.infer_posterior(
+            batch, mask, labels, num_inference_steps=5, callback=lambda *_: at_steps.append(operations.counts.copy())
+        )
+    assert len(calls) == 1 + (5 if sharded else 1)  # once for the number of tokens
+    for operation in (torch.ops.aten.nonzero, torch.ops.aten.constant_pad_nd):
+        assert [counts[operation] for counts in at_steps] == ([1, 2, 3, 4, 5] if sharded else [1, 1, 1, 1, 1])
+    for name in ("mean", "log_variance", "elbo_trace"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name))
+
+
+def test_a_prelude_is_of_one_batch(model, ids):
+    """Other labels in the next call of inference."""
+    labels = ids.masked_fill(torch.arange(12) < 6, -100)
+    expected = model.infer_posterior(ids, labels=labels, num_inference_steps=3)
+    model.infer_posterior(ids, num_inference_steps=3)
+    assert torch.equal(model.infer_posterior(ids, labels=labels, num_inference_steps=3).mean, expected.mean)
 
 
 def test_gradient_checkpointing(make_model, ids, pad_rows):
