@@ -2,7 +2,7 @@
 
     python examples/benchmarks/train_step.py
     python examples/benchmarks/train_step.py --preset ltm-small --batch-size 2 --sequence-length 256 \\
-        --num-inference-steps 4 --output step.json
+        --num-inference-steps 4 --compile --output step.json
 
 The model is newly initialised and the token ids are random (seeded): the cost does not depend on what they are.
 
@@ -13,8 +13,10 @@ The model is newly initialised and the token ids are random (seeded): the cost d
 - published way: the same two done naively. In the fast loop the decoder is not frozen, so that every step also computes
   and accumulates the weight gradients; every step, fast or slow, makes all logits of the batch, and nothing is kept
   from step to step. Measured in turn with ours, and checked to give the same posterior, slow loss and gradient.
+- compiled (`--compile`): the fast and the slow step with the same weights under torch.compile, as `torch_compile=True`
+  has them in `LTMTrainer`. Measured in turn with the others, checked likewise; graphs are counted over the whole run.
 - peak memory: of each phase, the weights and their optimiser's state included; on a CPU of a process that runs nothing
-  but that phase, Python and torch included (`--only`).
+  but that phase, Python and torch included (`--only`); there not of the compiled steps.
 - FLOPs: counted by torch on one sequence with eager attention, which computes all S x S scores whatever the window.
 
 Milliseconds are medians of the repeats, with their smallest and largest; warm-up is left out. A training step is T
@@ -30,14 +32,16 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, set_seed
 
-from ltm_hf import PRESETS, LatentPosterior, preset_config
+from ltm_hf import PRESETS, LatentPosterior, infer_posterior, preset_config
 from ltm_hf.configuration_ltm import InferenceSettings
 from ltm_hf.flops import count_flops, count_parameters, paper_training_flops
 from ltm_hf.posterior_ltm import INFERENCE_OPTIMIZERS, keyed_normal, step_size
@@ -93,23 +97,28 @@ def relative_difference(pairs) -> float:
     return max(float((a - b).norm() / a.norm().clamp(min=1e-12)) for a, b in pairs)
 
 
-def slow_difference(model, input_ids) -> float:
-    """The two ways' slow steps: losses and all gradients."""
+def slow_difference(model, input_ids, compiled=None) -> float:
+    """Our slow step's loss and gradients and those of the published way, or ours compiled."""
     posterior, results = model.infer_posterior(input_ids, num_inference_steps=0), []
-    for reduction in ("mean", None):
-        loss = slow_loss(model, input_ids, posterior, reduction)
+    for decoder, reduction in ((model, "mean"), (model, None) if compiled is None else (compiled, "mean")):
+        loss = slow_loss(decoder, input_ids, posterior, reduction)
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
         model.zero_grad()
     return relative_difference(zip(*results, strict=True))
 
 
-def posterior_difference(model, input_ids) -> float:
-    """The two ways' posteriors: mean and log-variance."""
+def posterior_difference(model, input_ids, compiled=None) -> float:
+    """Our posterior, mean and log-variance, and that of the published way, or ours compiled."""
     start = model.infer_posterior(input_ids, num_inference_steps=0)
     epsilon = torch.stack([noise(start, step) for step in range(model.config.num_inference_steps)])
-    frozen, unfrozen = model.infer_posterior(input_ids, epsilon=epsilon), infer_posterior_unfrozen(model, input_ids)
-    return relative_difference(((frozen.mean, unfrozen.mean), (frozen.log_variance, unfrozen.log_variance)))
+    ours = model.infer_posterior(input_ids, epsilon=epsilon)
+    if compiled is None:
+        other = infer_posterior_unfrozen(model, input_ids)
+        model.zero_grad()
+    else:
+        other = infer_posterior(compiled, input_ids, epsilon=epsilon)
+    return relative_difference(((ours.mean, other.mean), (ours.log_variance, other.log_variance)))
 
 
 def count(model, input_ids) -> dict[str, int]:
@@ -131,9 +140,10 @@ def count(model, input_ids) -> dict[str, int]:
     return flops
 
 
-def make_phases(model, input_ids) -> dict:
+def make_phases(model, input_ids, compiled=None) -> dict:
     """What is measured, by name. A slow step with no fast step before it starts at the prior.
 
+    compiled: the same model under torch.compile, whose steps are then measured too.
     The optimiser has its state from the start: in training all phases but those of the very first step find it there.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -144,12 +154,12 @@ def make_phases(model, input_ids) -> dict:
         optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
     posterior = model.infer_posterior(input_ids, num_inference_steps=0)
 
-    def fast_loop():
+    def fast_loop(decoder=model):
         nonlocal posterior
-        posterior = model.infer_posterior(input_ids)
+        posterior = infer_posterior(decoder, input_ids)
 
-    def slow_step(loss_reduction="mean"):
-        slow_loss(model, input_ids, posterior, loss_reduction).backward()
+    def slow_step(decoder=model, loss_reduction="mean"):
+        slow_loss(decoder, input_ids, posterior, loss_reduction).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -157,15 +167,23 @@ def make_phases(model, input_ids) -> dict:
         infer_posterior_unfrozen(model, input_ids)
         optimizer.zero_grad()
 
-    ours = {"fast_step": fast_loop, "slow_step": slow_step}
-    return ours | {"published_fast_step": published_fast_loop, "published_slow_step": lambda: slow_step(None)}
+    phases = {"fast_step": fast_loop, "slow_step": slow_step}
+    if compiled is not None:
+        phases["compiled_fast_step"], phases["compiled_slow_step"] = (
+            partial(fast_loop, compiled),
+            partial(slow_step, compiled),
+        )
+    published_slow_step = partial(slow_step, loss_reduction=None)
+    return phases | {"published_fast_step": published_fast_loop, "published_slow_step": published_slow_step}
 
 
-def measure(model, input_ids, repeats: int, warmup: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+def measure(
+    model, input_ids, repeats: int, warmup: int, compiled=None
+) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Milliseconds of each phase in each repeat, and on a GPU its peak memory in bytes. The phases take turns."""
     device, steps = input_ids.device, model.config.num_inference_steps
-    phases = make_phases(model, input_ids)
-    times, peaks = {phase: [] for phase in PHASES}, {}
+    phases = make_phases(model, input_ids, compiled)
+    times, peaks = {phase: [] for phase in phases}, {}
 
     def timed(phase, function, divisor=1):
         if device.type == "cuda":
@@ -242,21 +260,27 @@ def benchmark(args, arguments: list[str]) -> dict:
     config = model.config
     steps, length = config.num_inference_steps, input_ids.shape[1]
 
-    same = {"posterior": posterior_difference(model, input_ids)}
-    model.zero_grad()
-    same["slow_step"] = slow_difference(model, input_ids)
+    # The weights are those of `model`.
+    compiled = torch.compile(model, backend=args.compile) if args.compile else None
+    ways = ("", "compiled_", "published_") if args.compile else ("", "published_")
+    same = {"posterior": posterior_difference(model, input_ids), "slow_step": slow_difference(model, input_ids)}
+    if args.compile:
+        same["compiled_posterior"] = posterior_difference(model, input_ids, compiled)
+        same["compiled_slow_step"] = slow_difference(model, input_ids, compiled)
     flops = count(model, input_ids)
-    times, peaks = measure(model, input_ids, args.repeats, args.warmup)
+    times, peaks = measure(model, input_ids, args.repeats, args.warmup, compiled)
     if args.device.type != "cuda":
         peaks = {phase: peak_of_process(phase, arguments) for phase in (*PHASES, "nothing")}
 
     milliseconds = {phase: statistics.median(values) for phase, values in times.items()}
-    for figures in (milliseconds, flops):  # a training step is T fast steps and the slow one
-        for way in ("", "published_"):
-            figures[f"{way}training_step"] = steps * figures[f"{way}fast_step"] + figures[f"{way}slow_step"]
-    for way in ("", "published_"):
-        peaks[f"{way}training_step"] = max(peaks[f"{way}{phase}"] for phase in ("fast_step", "slow_step"))
-    return {
+    for way in ways:  # a training step is T fast steps and the slow one
+        fast_step, slow_step, training_step = (f"{way}{step}_step" for step in ("fast", "slow", "training"))
+        for figures in (milliseconds, flops):
+            if fast_step in figures:
+                figures[training_step] = steps * figures[fast_step] + figures[slow_step]
+        if fast_step in peaks:
+            peaks[training_step] = max(peaks[fast_step], peaks[slow_step])
+    result = {
         "settings": {
             "preset": args.preset,
             "parameters": count_parameters(config),
@@ -267,6 +291,7 @@ def benchmark(args, arguments: list[str]) -> dict:
             "batch_size": args.batch_size,
             "sequence_length": length,
             "num_inference_steps": steps,
+            "compile": args.compile,
             "repeats": args.repeats,
             "seed": args.seed,
             "token_ids": "random, seeded",
@@ -283,14 +308,19 @@ def benchmark(args, arguments: list[str]) -> dict:
         "peak_memory_bytes": peaks,
         "relative_difference": same,
     }
+    if args.compile:
+        result["compiled_graphs"] = counters["stats"]["unique_graphs"]
+        result["compiled_time_ratio"] = milliseconds["compiled_training_step"] / milliseconds["training_step"]
+    return result
 
 
 def report(result: dict) -> str:
     settings, where, peaks = result["settings"], result["environment"], result["peak_memory_bytes"]
     tokens = settings["batch_size"] * settings["sequence_length"]
     rows = [("", "ms", "range", "tokens/s", "MFLOPs/token", "forwards", "peak MiB")]
-    for name in [f"{way}{step}_step" for way in ("", "published_") for step in ("fast", "slow", "training")]:
-        milliseconds, flops = result["milliseconds"][name], result["flops_per_token"][name]
+    ways = ("", "compiled_", "published_") if settings["compile"] else ("", "published_")
+    for name in [f"{way}{step}_step" for way in ways for step in ("fast", "slow", "training")]:
+        milliseconds, flops = result["milliseconds"][name], result["flops_per_token"].get(name)
         spread = result["milliseconds_range"].get(name)
         rows.append(
             (
@@ -298,8 +328,8 @@ def report(result: dict) -> str:
                 f"{milliseconds:.1f}",
                 f"{spread[0]:.1f}-{spread[1]:.1f}" if spread else "",
                 "" if spread else f"{1000 * tokens / milliseconds:,.0f}",
-                f"{flops / 1e6:,.1f}",
-                f"{flops / result['flops_per_token']['forward']:.2f}",
+                f"{flops / 1e6:,.1f}" if flops else "",
+                f"{flops / result['flops_per_token']['forward']:.2f}" if flops else "",
                 f"{peaks[name] / 2**20:,.0f}" if name in peaks else "",
             )
         )
@@ -317,6 +347,13 @@ def report(result: dict) -> str:
         f"Relative differences: posteriors {result['relative_difference']['posterior']:.1e}, slow losses and gradients "
         f"{result['relative_difference']['slow_step']:.1e}.",
     ]
+    if settings["compile"]:
+        lines.append(
+            f"Compiled ({settings['compile']}, {result['compiled_graphs']} graphs), a training step takes "
+            f"{result['compiled_time_ratio']:.2f} of the eager one's time. Relative differences: "
+            f"{result['relative_difference']['compiled_posterior']:.1e} and "
+            f"{result['relative_difference']['compiled_slow_step']:.1e}."
+        )
     if "nothing" in peaks:
         lines.append(f"Peak of a process that builds model and optimiser: {peaks['nothing'] / 2**20:,.0f} MiB.")
     return "\n".join(lines)
@@ -347,6 +384,13 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--num-inference-steps", type=at_least(1), help="default: the preset's")
     parser.add_argument("--optimizer", choices=("natural", "adamw"), help="of the latents; default: the preset's")
     parser.add_argument("--attention", choices=("eager", "sdpa"), default="sdpa")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        choices=("inductor", "aot_eager", "eager"),
+        help="also the compiled steps, by this backend; default inductor, which needs a C++ compiler",
+    )
     parser.add_argument("--threads", type=at_least(1), help="of the CPU; default: torch's. 1 where others compute too")
     parser.add_argument("--repeats", type=at_least(1), default=7, help="default 7")
     parser.add_argument("--warmup", type=at_least(1), default=2, help="repeats left out before; default 2")

@@ -45,11 +45,35 @@ def test_benchmark(tmp_path):
     assert "training step" in done.stdout and f"{result['time_ratio']:.2f} of the published" in done.stdout
 
 
+def test_compiled_steps(tmp_path):
+    """Beside the others, in one graph for all fast steps and one for all slow ones."""
+    output = tmp_path / "step.json"
+    done = run("--compile", "aot_eager", "--output", output)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+
+    milliseconds, names = result["milliseconds"], {f"compiled_{step}_step" for step in ("fast", "slow", "training")}
+    assert names == {name for name in milliseconds if name.startswith("compiled")} and len(milliseconds) == 9
+    training_step = 2 * milliseconds["compiled_fast_step"] + milliseconds["compiled_slow_step"]
+    assert milliseconds["compiled_training_step"] == pytest.approx(training_step)
+    assert result["compiled_time_ratio"] == pytest.approx(training_step / milliseconds["training_step"])
+    assert result["settings"]["compile"] == "aot_eager" and result["compiled_graphs"] == 2
+    for phase in names - {"compiled_training_step"}:
+        smallest, largest = result["milliseconds_range"][phase]
+        assert 0 < smallest <= milliseconds[phase] <= largest
+    assert not names & (set(result["flops_per_token"]) | set(result["peak_memory_bytes"]))
+    differences = result["relative_difference"]
+    assert set(differences) == {"posterior", "slow_step", "compiled_posterior", "compiled_slow_step"}
+    assert all(0 < difference < 1e-3 for difference in differences.values())
+    assert "compiled training step" in done.stdout and "Compiled (aot_eager, 2 graphs)" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--batch-size", "0"], "argument --batch-size: must be an integer of 1 or more, got '0'"),
         (["--preset", "ltm-huge"], "argument --preset: invalid choice: 'ltm-huge'"),
+        (["--compile", "gcc"], "argument --compile: invalid choice: 'gcc'"),
         (["--output", "no/such/folder/step.json"], "--output: there is no folder no/such/folder."),
     ],
 )
