@@ -159,6 +159,7 @@ def adamw(rate, schedule, optimizer=AdamWInference, start="own") -> Candidate:
 CANDIDATES: dict[str, Candidate] = {
     "natural (default)": Candidate(NaturalInference, _DEFAULT),
     "L-BFGS": Candidate(LBFGSInference, _DEFAULT | {"inference_optimizer": "lbfgs"}),
+    "L-BFGS from a read-out": Candidate(LBFGSInference, _DEFAULT | {"inference_optimizer": "lbfgs"}, "read-out"),
     "L-BFGS, precision 1": Candidate(MeansAlone, _DEFAULT | {"inference_optimizer": "lbfgs"}),
     "natural, unbounded": natural(limit=math.inf, bounds=(-math.inf, math.inf)),
     "natural, step 0.3": natural(rates=constant(0.3)),

@@ -53,6 +53,8 @@ def test_every_candidate(run, trained, tmp_path):
             for bounds in scores.values():
                 assert (torch.tensor(bounds) - losses).abs().max() < 0.1 * losses.max(), name
     assert nats["natural (default)"]["0"] == nats["L-BFGS"]["0"] != nats["natural (default)"]["2"]
+    assert nats["natural from a read-out"]["0"] == nats["L-BFGS from a read-out"]["0"] != nats["L-BFGS"]["0"]
+    assert nats["natural from a read-out"]["1"] != nats["L-BFGS from a read-out"]["1"] != nats["L-BFGS"]["1"]
 
 
 def test_no_such_candidate_is_named(run, trained):
