@@ -7,7 +7,7 @@ from pathlib import Path
 from ..evaluation.report import kept, write_whole
 from .cell import Lever, prepare, score_cell, train_cell
 from .grid import Study
-from .results import Cells, in_words, plot
+from .results import in_words, plot
 
 
 def run_study(
@@ -16,7 +16,7 @@ def run_study(
     only: dict[str, Collection] | None = None,
     levers: Mapping[str, Lever] | None = None,
 ) -> str:
-    """Train and score the cells that are not in the folder yet, and write `README.md` and `study.png` after each.
+    """Train and score the cells that are not in the folder yet; write `README.md` after each, and `study.png` at the end.
 
     The folder SETTING/MODEL/SEED has a cell's model, `training.json` and `scores.json`, each with what it depends on:
     a study that was stopped goes on where it was, and one that was changed runs again what the change touches. Tables
@@ -35,7 +35,10 @@ def run_study(
     for number, cell in enumerate(todo, start=1):
         print(f"Cell {number} of {len(todo)}: {', '.join(map(str, cell))}", flush=True)
         _cell(study, folder, *cell, levers)
-        words = _write(study, folder)
+        cells = {cell: found for cell in study.cells() if (found := _cell(study, folder, *cell))}
+        words = in_words(study, cells)
+        write_whole(folder / "README.md", f"# Study\n\n{words}\n![Losses against inference steps](study.png)\n")
+    plot(study, cells, folder / "study.png")
     return words
 
 
@@ -57,10 +60,3 @@ def _cell(
     found = facts and kept(path, scores, levers and (lambda: work(score_cell, model)))
     return found and facts | {"scores": found}
 
-
-def _write(study: Study, folder: Path) -> str:
-    cells: Cells = {cell: found for cell in study.cells() if (found := _cell(study, folder, *cell))}
-    words = in_words(study, cells)
-    plot(study, cells, folder / "study.png")
-    write_whole(folder / "README.md", f"# Study\n\n{words}\n![Losses against inference steps](study.png)\n")
-    return words

@@ -1,0 +1,206 @@
+"""examples/study.py and examples/levers.py: whole runs of a tiny grid, and that levers do what their names say."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from ltm_hf import infer_posterior
+from ltm_hf.configuration_ltm import InferenceSettings
+from ltm_hf.posterior_ltm import INFERENCE_OPTIMIZERS, negative_log_likelihood
+from ltm_hf.study import Study
+from ltm_hf.training import LTMTrainingArguments
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def levers():
+    """The script as a module; what it registers is taken back."""
+    before, choices = dict(INFERENCE_OPTIMIZERS), dict(InferenceSettings.CHOICES)
+    sys.path.insert(0, str(EXAMPLES))
+    yield importlib.import_module("levers")
+    sys.path.remove(str(EXAMPLES))
+    for name in ("levers", "study"):
+        del sys.modules[name]
+    INFERENCE_OPTIMIZERS.clear()
+    INFERENCE_OPTIMIZERS.update(before)
+    InferenceSettings.CHOICES.update(choices)
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(inference_learning_rate=0.05)
+
+
+@pytest.fixture
+def trainer_of(tmp_path):
+    def make(trainer, model, rows, **settings):
+        given = dict(max_steps=1, per_device_train_batch_size=len(rows), warmup_steps=0, learning_rate=1e-2)
+        given |= dict(save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True)
+        arguments = LTMTrainingArguments(output_dir=str(tmp_path), **given | settings)
+        return trainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": rows.tolist()}))
+
+    return make
+
+
+def tiny(name, tmp_path):
+    """A grid of the examples, with three steps of training on short letters."""
+    given = yaml.safe_load((EXAMPLES / "configs" / name).read_text())
+    given.pop("shared", None)
+    lines = [f"{word} " * 12 for word in ("one", "two", "three", "four", "five", "six") * 7]
+    (tmp_path / "texts.jsonl").write_text("\n".join(f'{{"text": "{line}"}}' for line in lines))
+    setting = next(iter(given["settings"].values()))
+    setting |= {"corpus": {"name_or_files": str(tmp_path / "texts.jsonl")}, "tokenizer": 258}
+    setting["config"] |= {
+        "max_position_embeddings": 16,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "sliding_window": 4,
+    }
+    given |= {"settings": {"tiny": setting}, "seeds": [1]}
+    quick = {"max_steps": 2, "warmup_steps": 0, "per_device_train_batch_size": 2, "use_cpu": True, "disable_tqdm": True}
+    given |= {"training": quick, "scoring": {"blocks": 2, "steps": [1], "at": 2, "importance_samples": 2}}
+    (tmp_path / name).write_text(yaml.safe_dump(given, sort_keys=False))
+    return tmp_path / name
+
+
+def test_study(run, tmp_path):
+    grid, folder = tiny("study.yaml", tmp_path), tmp_path / "outputs"
+    names = ["natural-2", "natural-1-4", "natural-2-lbfgs", "adamw-16", "twin-equal", "twin-flops"]
+    said = run(EXAMPLES / "study.py", grid, "--output_dir", folder, "--models", *names).stdout
+    for name in names:
+        assert f"| {name} " in said and (folder / "tiny" / name / "1" / "scores.json").exists()
+    assert "equal training FLOPs" in said and "| full-equal " not in said
+    assert (folder / "README.md").read_text().strip() and (folder / "study.png").stat().st_size > 10_000
+    failed = run(EXAMPLES / "study.py", grid, "--output_dir", folder, "--models", "nobody", check=False)
+    assert failed.returncode == 2 and "'nobody' is none of the models: natural-2" in failed.stderr
+
+
+def test_every_lever(run, tmp_path):
+    grid = tiny("levers.yaml", tmp_path)
+    said = run(EXAMPLES / "levers.py", grid, "--output_dir", tmp_path / "outputs").stdout
+    for name in Study.from_yaml(EXAMPLES / "configs" / "study.yaml").models.keys() & {"twin-equal", "full-equal"}:
+        assert f"| {name} " in said
+    for name in yaml.safe_load(grid.read_text())["models"]:
+        assert f"| {name} " in said
+
+
+def losses(model, ids, latents):
+    return negative_log_likelihood(model, ids, latents).tolist()
+
+
+def test_gates(levers, model, ids, make_noise):
+    latents = make_noise(3, *model.config.latent_shape)
+    levers.gate(model, start=0.0)
+    assert losses(model, ids, latents) == pytest.approx(losses(model, ids, None))
+    results = []
+    for of, tanh, start in (("channel", False, 0.3), ("head", False, 0.3), ("all", False, 0.3), ("all", True, 0.3096)):
+        levers.gate(model, of=of, tanh=tanh, start=start)
+        results.append(losses(model, ids, latents))
+        learned = sum(layer.cross_attention_gate.weight.numel() for layer in model.model.layers)
+        assert learned == {"channel": 64, "head": 8, "all": 2}[of]
+    assert results[1] == pytest.approx(results[0]) and results[2] == pytest.approx(results[0])
+    assert results[3] == pytest.approx(results[0], rel=1e-3) and results[0] != losses(model, ids, None)
+
+
+@pytest.mark.parametrize("name", ["norm", "narrow", "shared", "first-layer", "last-layer"])
+def test_what_the_decoder_reads_of_latents(levers, model, ids, make_noise, name):
+    """Changes that the lever is blind to change nothing; others do."""
+    latents = make_noise(3, *model.config.latent_shape)
+    levers.LEVERS[name].change(model)
+    unseen, seen = latents.clone(), latents.clone()
+    if name == "norm":
+        unseen, seen = 3 * latents, latents.flip(-1)
+    elif name == "narrow":
+        unseen[..., 8:], seen[..., :8] = 7.0, 7.0
+    else:
+        one, other = (0, 1) if name != "last-layer" else (1, 0)
+        unseen[:, other], seen[:, one] = 7.0, 7.0
+    before = losses(model, ids, latents)
+    assert losses(model, ids, unseen) == pytest.approx(before, rel=1e-5)
+    assert losses(model, ids, seen) != pytest.approx(before, rel=1e-3)
+
+
+def test_learned_priors_begin_where_there_is_none(levers, model, ids, make_noise):
+    latents = make_noise(3, *model.config.latent_shape)
+    before = losses(model, ids, latents)
+    for name in ("diagonal-prior", "hierarchical-prior"):
+        levers.LEVERS[name].change(model)
+        assert losses(model, ids, latents) == pytest.approx(before, rel=1e-5)
+    with torch.no_grad():
+        model.model.of_latents.maps[0].weight.copy_(torch.eye(32))  # layer 1 reads the sum
+    levers.through(model, torch.nn.Identity())  # the hooks follow one another: the sum again
+
+
+def test_two_samples(levers, model, ids):
+    posterior = infer_posterior(model, ids)
+    first, second = levers.TwoSamples._samples(None, posterior, 3)
+    mirrored = levers.AntitheticSamples._samples(None, posterior, 3)
+    assert not torch.equal(first, second) and torch.equal(first, mirrored[0])
+    torch.testing.assert_close((mirrored[0] + mirrored[1]) / 2, posterior.mean)
+
+
+def test_gates_learn_faster(levers, model, ids, trainer_of):
+    trainer = trainer_of(levers.GateRate, model, ids)
+    groups = trainer.create_optimizer().param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(1e-1 if "cross_attention_gate" in name else 1e-2)
+
+
+def test_averaged_weights(levers, make_model, ids, trainer_of):
+    """After one step: 0.99 of the start and 0.01 of what Trainer alone gives."""
+    start, plain, averaged = (make_model() for _ in range(3))
+    for trainer, model in ((levers.LTMTrainer, plain), (levers.Averaged, averaged)):
+        trainer_of(trainer, model, ids).train()
+    for one, two, three in zip(start.parameters(), plain.parameters(), averaged.parameters(), strict=True):
+        torch.testing.assert_close(three, one.lerp(two, 0.01))
+
+
+def test_continuation_learns_what_follows_prefixes(levers, model, ids, trainer_of, monkeypatch):
+    seen = []
+
+    def recorded(decoder, input_ids, attention_mask=None, labels=None, **kwargs):
+        seen.append(input_ids.shape[1])
+        return infer_posterior(decoder, input_ids, attention_mask, labels, **kwargs)
+
+    monkeypatch.setattr("ltm_hf.training.trainer.infer_posterior", recorded)
+    trainer = trainer_of(levers.Continuation, model, ids, max_steps=6)
+    trainer.train()
+    assert seen[::2] == [12, 12, 12] and all(3 <= length < 9 for length in seen[1::2])
+    assert trainer.args.infer_from == "labels"
+
+
+def test_unrolled_gradient_is_that_of_the_whole(levers, model, ids, trainer_of):
+    """Against a difference quotient of the loss, inference included."""
+    trainer = trainer_of(levers.Unrolled, model.double(), ids)
+    inputs = {"input_ids": ids, "labels": ids}
+    trainer.state = SimpleNamespace(global_step=1)
+    weight = model.model.layers[0].cross_attn.v_proj.weight
+
+    def loss():
+        return trainer.compute_loss(model, inputs, num_items_in_batch=1)
+
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    with torch.no_grad():
+        direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
+        values = []
+        for sign in (1, -1):
+            weight += sign * 1e-2 * direction
+            with torch.enable_grad():
+                values.append(loss().item())
+            weight -= sign * 1e-2 * direction
+    assert (gradient * direction).sum().item() == pytest.approx((values[0] - values[1]) / 2e-2, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["tempered", "free-bits"])
+def test_weaker_priors_cost_more(levers, model, ids, name):
+    plain, weaker = (infer_posterior(model, ids, inference_optimizer=opt).kl_divergence() for opt in ("natural", name))
+    assert (weaker > plain).all()
