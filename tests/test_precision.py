@@ -1,9 +1,10 @@
-"""Half precision, mixed precision, int8 weights, and weights that lie elsewhere: near the float32 model, or equal."""
+"""Half and mixed precision, int8 and float8, weights that lie elsewhere: near the float32 model, or equal."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn import functional as F
-from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig, quantize_
 from transformers import TorchAoConfig
 
 from ltm_hf import LTMForCausalLM
@@ -82,41 +83,51 @@ def test_mixed_precision(make_model, ids, dtype, tolerance):
         assert distance(mixed_gradients[name], gradient) < 2 * tolerance, name
 
 
-# ------------------------------------------------------------------ int8 weights
+# ------------------------------------------------------------------ int8 and float8
 
 
-def quantized_in_place(folder):
+@pytest.fixture(params=[("Int8", 0.06), ("Float8", 0.15)], ids=["int8", "float8"])
+def weights(request):
+    """How torchao rounds weights, the class of the weights that it rounded, and how far at most they move logits."""
+    quantization, (name, tolerance) = pytest.importorskip("torchao.quantization"), request.param
+    return getattr(quantization, f"{name}WeightOnlyConfig")(), getattr(quantization, f"{name}Tensor"), tolerance
+
+
+def quantized_in_place(folder, config):
+    from torchao.quantization import quantize_
+
     model = LTMForCausalLM.from_pretrained(folder)
-    quantize_(model, Int8WeightOnlyConfig())
+    quantize_(model, config)
     return model
 
 
-def quantized_when_loaded(folder):
-    return LTMForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+def quantized_when_loaded(folder, config):
+    return LTMForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(config))
 
 
-def dequantized(model, quantized):
-    """`model` with the weights that the quantised one stands for, in float32. An int8 head leaves its embeddings."""
+def count(model, kind):
+    return sum(isinstance(parameter, kind) for parameter in model.parameters())
+
+
+def dequantized(model, quantized, kind):
+    """`model` with the weights that the quantised one stands for, in float32. A rounded head leaves its embeddings."""
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     for name, parameter in quantized.named_parameters(remove_duplicate=False):
-        weight = parameter.dequantize() if is_int8(parameter) else parameter
+        weight = parameter.dequantize() if isinstance(parameter, kind) else parameter
         model.get_parameter(name).data = weight.detach().clone()
     return model
 
 
-def is_int8(parameter):
-    return isinstance(parameter, Int8Tensor)
-
-
 @pytest.mark.parametrize("quantize", [quantized_in_place, quantized_when_loaded])
 @BOTH_OPTIMIZERS
-def test_int8_weights(make_model, folder, ids, latents, quantize, settings):
-    """Latents are differentiated through int8 matrices as through the float32 matrices that they stand for."""
-    model = quantize(folder)
-    assert sum(map(is_int8, model.parameters())) >= 2 * 11
+def test_rounded_weights(make_model, folder, ids, latents, weights, quantize, settings):
+    """Latents are differentiated through rounded matrices as through the float32 matrices that they stand for."""
+    config, kind, tolerance = weights
+    model = quantize(folder, config)
+    assert count(model, kind) >= 2 * 11
     logits = model(ids, latents=latents).logits
-    assert 0.001 < distance(logits, make_model()(ids, latents=latents).logits) < 0.06
-    exact = dequantized(make_model(), model)
+    assert 0.001 < distance(logits, make_model()(ids, latents=latents).logits) < tolerance
+    exact = dequantized(make_model(), model, kind)
     assert distance(logits, exact(ids, latents=latents).logits) < 1e-5
     posterior = model.infer_posterior(ids, **settings)
     assert_near(posterior, exact.infer_posterior(ids, **settings), 1e-4)
@@ -126,13 +137,29 @@ def test_int8_weights(make_model, folder, ids, latents, quantize, settings):
         assert torch.equal(model.generate(ids + 0, **settings, **GREEDY), expected)
 
 
-def test_int8_weights_are_saved_and_reloaded(folder, ids, tmp_path):
-    model = quantized_when_loaded(folder)
+def test_rounded_weights_are_saved_and_reloaded(folder, ids, weights, tmp_path):
+    config, kind, _ = weights
+    model = quantized_when_loaded(folder, config)
     model.save_pretrained(tmp_path)
     loaded = LTMForCausalLM.from_pretrained(tmp_path)
-    assert sum(map(is_int8, loaded.parameters())) == sum(map(is_int8, model.parameters()))
+    assert count(loaded, kind) == count(model, kind) >= 2 * 11
     assert torch.equal(loaded.infer_posterior(ids).mean, model.infer_posterior(ids).mean)
     assert torch.equal(loaded.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+
+
+def test_float8_products(make_model, ids, latents):
+    """Weights, activations and what flows back all rounded, by torchao's emulation; scales by row know no batch."""
+    float8 = pytest.importorskip("torchao.float8")
+    model, rounded = (make_model(initializer_range=0.1) for _ in range(2))
+    config = replace(float8.Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
+    float8.convert_to_float8_training(rounded, config=config, module_filter_fn=lambda _, name: name != "lm_head")
+    with torch.no_grad():
+        assert 0.01 < distance(rounded(ids, latents=latents).logits, model(ids, latents=latents).logits) < 0.15
+    posterior = rounded.infer_posterior(ids)
+    assert_near(posterior, model.infer_posterior(ids), 0.15)
+    assert distance(posterior.mean, model.infer_posterior(ids).mean) > 0.01
+    torch.testing.assert_close(rounded.infer_posterior(ids[1:]).mean, posterior.mean[1:])
+    assert torch.equal(rounded.generate(ids, **GREEDY), rounded.generate(ids, latents=posterior.mean, **GREEDY))
 
 
 # ------------------------------------------------------------------ weights elsewhere
