@@ -12,14 +12,12 @@ from functools import partial
 import torch
 from study import main
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import TrainerCallback
 
 from ltm_hf.posterior_ltm import (
     IGNORED,
     NaturalInference,
     kl_terms,
-    negative_log_likelihood,
     register_inference_optimizer,
 )
 from ltm_hf.study import Lever
@@ -71,9 +69,9 @@ def through(model, module: nn.Module):
 class Affine(nn.Module):
     """A learned diagonal prior: z = shift + scale·u with u ~ N(0, I)."""
 
-    def __init__(self, shape, shift: float = 0.0):
+    def __init__(self, shape):
         super().__init__()
-        self.shift, self.scale = nn.Parameter(shift * torch.randn(shape)), nn.Parameter(torch.ones(shape))
+        self.shift, self.scale = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(shape))
 
     def forward(self, latents):
         return self.shift + self.scale * latents
@@ -213,35 +211,6 @@ class Continuation(LTMTrainer):
             self.args.infer_from = "labels"
 
 
-class Unrolled(LTMTrainer):
-    """Gradients go through inference: the decoder learns what its latents, fitted to a prefix, do for the rest.
-
-    From zero, without noise, at precision 1: m ← m - ρ (m + ∂NLL(prefix)/∂m). The loss is of the prefix without having
-    thought and of the rest with it: exact, of a predictor that thinks once. Costs a backward pass through a backward.
-    """
-
-    STEPS = 1
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids = inputs["input_ids"]
-        cut, rate = drawn_cut(self, ids.shape[1]), model.config.inference_learning_rate
-        mean = torch.zeros(len(ids), *model.config.latent_shape, device=ids.device, requires_grad=True)
-        with sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
-            total = 0
-            for step in range(self.STEPS):
-                nll = negative_log_likelihood(model, ids[:, :cut], mean).sum()
-                total = total if step else nll
-                (gradient,) = torch.autograd.grad(nll, mean, create_graph=True)
-                mean = mean - rate / (1 + rate * step) * (mean + gradient)
-            rest = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) < cut, IGNORED)
-            total = total + negative_log_likelihood(model, ids, mean, labels=rest).sum()
-        return total / num_items_in_batch
-
-
-class TwiceUnrolled(Unrolled):
-    STEPS = 2
-
-
 # ------------------------------------------------------------------ inference
 
 
@@ -287,9 +256,6 @@ LEVERS = {
     "means": Lever(trainer=Means),
     "averaged-weights": Lever(trainer=Averaged),
     "continuation": Lever(trainer=Continuation),
-    "unrolled": Lever(trainer=Unrolled),
-    "unrolled-twice": Lever(trainer=TwiceUnrolled),
-    "unrolled-prior": Lever(lambda model: through(model, Affine(model.config.latent_shape, shift=1.0)), Unrolled),
 }
 
 if __name__ == "__main__":

@@ -86,6 +86,9 @@ class LTMConfig(PreTrainedConfig):
             without cross-attention.
         latent_position_stride: distance between the rotary positions of a layer's latents; default
             `max_position_embeddings // num_latents`, as in the paper.
+        latent_embedding_std: standard deviation, at first, of a learned vector for each latent, added to it where it is
+            read; `None` is the paper's layer, which has none. Without them the latents of a layer are all the same to a
+            decoder that reads z = 0, and the first gradient there moves them alike.
         cross_attention_gate_init: start value of a learned gate for each channel of the cross-attention's output;
             `None` is the paper's layer, which has no gate.
 
@@ -158,6 +161,7 @@ class LTMConfig(PreTrainedConfig):
 
     num_latents: int = 24
     latent_position_stride: int | None = None
+    latent_embedding_std: float | int | None = None
     cross_attention_gate_init: float | int | None = 0.1
 
     inference_method: str = "variational"
@@ -206,6 +210,10 @@ class LTMConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_latents ({self.num_latents}) must be 0 or a multiple of num_hidden_layers "
                 f"({self.num_hidden_layers}): it counts the latents of all layers together."
+            )
+        if self.latent_embedding_std is not None and not 0 <= self.latent_embedding_std < math.inf:
+            raise ValueError(
+                f"latent_embedding_std must be None, or 0 or more and finite, got {self.latent_embedding_std}."
             )
         if self.num_latents and self.latent_position_stride is None:
             self.latent_position_stride = max(1, self.max_position_embeddings // self.num_latents)

@@ -31,6 +31,7 @@ def count_parameters(config: LTMConfig) -> int:
     if config.num_latents:
         layer += attention + hidden  # its norm
         layer += 0 if config.cross_attention_gate_init is None else hidden
+        layer += 0 if config.latent_embedding_std is None else config.latents_per_layer * hidden
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
     encoder = 0
     if _has_encoder(config):

@@ -117,6 +117,18 @@ AttentionInterface.register(BANDED_SDPA, banded_sdpa_attention_forward)
 AttentionMaskInterface.register(BANDED_SDPA, banded_sdpa_mask)
 
 
+class LTMLatentEmbeddings(nn.Module):
+    """A learned vector for each of a layer's latents, added to it. A module of its own, as `LTMGate`."""
+
+    def __init__(self, config: LTMConfig):
+        super().__init__()
+        self.std = config.latent_embedding_std
+        self.weight = nn.Parameter(torch.zeros(config.latents_per_layer, config.hidden_size))
+
+    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents + self.weight
+
+
 class LTMCrossAttention(nn.Module):
     """Tokens ask, the layer's latents answer. Queries rotate at their token's position, latent keys at 0, s, 2s, …"""
 
@@ -132,12 +144,14 @@ class LTMCrossAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        embedded = config.latent_embedding_std is not None
+        self.latent_embeddings = LTMLatentEmbeddings(config) if embedded else nn.Identity()
 
     def project_latents(
         self, latents: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """(B, N, D) latents to (B, 2, K, N, d): rotated keys, then values."""
-        latents = latents.to(position_embeddings[0].dtype)
+        latents = self.latent_embeddings(latents).to(position_embeddings[0].dtype)
         heads = (*latents.shape[:-1], -1, self.head_dim)
         keys, values = (project(latents).view(heads).transpose(1, 2) for project in (self.k_proj, self.v_proj))
         position_embeddings = tuple(table.to(keys.device) for table in position_embeddings)
@@ -270,6 +284,8 @@ class LTMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LTMGate):
             init.constant_(module.weight, module.start)
+        elif isinstance(module, LTMLatentEmbeddings):
+            init.normal_(module.weight, mean=0.0, std=module.std)
         elif getattr(module, "adds_to_residual", False):
             # Two attentions a layer add to the residual stream: keep its variance independent of depth. The mark is on
             # the projection: in code that is not its own, transformers passes over modules that only hold others.

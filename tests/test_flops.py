@@ -22,6 +22,7 @@ BASE = dict(
 VARIANTS = {
     "gate": {},
     "no gate": dict(cross_attention_gate_init=None),
+    "latent embeddings": dict(latent_embedding_std=1.0),
     "grouped queries": dict(num_key_value_heads=2),
     "head_dim": dict(head_dim=6, num_key_value_heads=1),
     "untied": dict(tie_word_embeddings=False),

@@ -111,6 +111,21 @@ def test_no_gate_is_a_gate_of_one(make_model, ids, latents):
     close(gated(ids, latents=latents).logits, plain(ids, latents=latents).logits)
 
 
+# ------------------------------------------------------------------ latent embeddings
+
+
+@torch.no_grad()
+def test_embeddings_are_added_to_latents(make_model, ids, latents):
+    embedded, plain = make_model(latent_embedding_std=2.0), make_model()
+    missing, unexpected = plain.load_state_dict(embedded.state_dict(), strict=False)
+    assert not missing and len(unexpected) == 2
+    added = torch.stack([layer.cross_attn.latent_embeddings.weight for layer in embedded.model.layers])
+    assert added.shape == (2, 2, 32) and 1.5 < added.std() < 2.5
+    close(embedded(ids, latents=latents).logits, plain(ids, latents=latents + added).logits)
+    close(embedded.project_latents(latents), plain.project_latents(latents + added))
+    close(embedded(ids).logits, plain(ids).logits)  # nothing is read
+
+
 @torch.no_grad()
 def test_closed_gate_shuts_the_latents_out(make_model, ids, latents):
     model = make_model(cross_attention_gate_init=0.0)

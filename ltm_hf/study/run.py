@@ -16,7 +16,7 @@ def run_study(
     only: dict[str, Collection] | None = None,
     levers: Mapping[str, Lever] | None = None,
 ) -> str:
-    """Train and score the cells that are not in the folder yet; write `README.md` after each, and `study.png` at the end.
+    """Train and score the cells that are not in the folder yet; write `README.md` after each, `study.png` at the end.
 
     The folder SETTING/MODEL/SEED has a cell's model, `training.json` and `scores.json`, each with what it depends on:
     a study that was stopped goes on where it was, and one that was changed runs again what the change touches. Tables
@@ -59,4 +59,3 @@ def _cell(
     path = folder / setting / model / str(seed) / "scores.json"
     found = facts and kept(path, scores, levers and (lambda: work(score_cell, model)))
     return found and facts | {"scores": found}
-

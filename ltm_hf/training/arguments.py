@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from ..flops import training_flops
 from .sharding import GATHER_DURING_INFERENCE
 
-SLOW_GRADIENTS = ("final", "trajectory")
+SLOW_GRADIENTS = ("final", "trajectory", "unrolled")
 INFER_FROM = ("labels", "text", "prompt")
 SLOW_OPTIMIZERS = ("adamw", "muon")
 
@@ -49,7 +49,9 @@ class DualRateArguments:
         default="final",
         metadata={
             "help": "Latents that the decoder learns from: 'final', a sample of the fitted posterior (Algorithm 1), or "
-            "'trajectory', the mean over the samples of all fast steps and the final one (as the released code does).",
+            "'trajectory', the mean over the samples of all fast steps and the final one (as the released code does). "
+            "'unrolled': each text's first quarter to three quarters are predicted without latents' help and latents "
+            "fitted to them, without noise; the rest is predicted from these, and the gradient goes through the fit.",
             "choices": SLOW_GRADIENTS,
         },
     )
@@ -145,12 +147,17 @@ class DualRateArguments:
         """Passes of the decoder in a slow step, on average: what `slow_gradient` says."""
         return 1 + (sum(self.inference_steps(config)) / 2 if self.slow_gradient == "trajectory" else 0)
 
+    @property
+    def fast_cost(self) -> float:
+        """Fast steps that one costs, on average: an unrolled one is of half a text, and gradients go through it."""
+        return 1.5 if self.slow_gradient == "unrolled" else 1.0
+
     def step_flops(self, config, sequence_length: int) -> float:
         """FLOPs a token of a step of training, fast loop included, on average (see `flops.training_flops`)."""
         config = copy.deepcopy(config)
         least, config.num_inference_steps = self.inference_steps(config)
         flops = training_flops(config, sequence_length)
-        return flops.step((least + config.num_inference_steps) / 2, self.slow_passes(config))
+        return flops.step(self.fast_cost * (least + config.num_inference_steps) / 2, self.slow_passes(config))
 
 
 @dataclass

@@ -172,6 +172,7 @@ def _architecture(config) -> dict[str, str]:
     }
     if config.num_latents:
         facts["latent vectors"] = f"{config.num_latents} ({config.latents_per_layer} a layer)"
+        facts["embeddings of the latents"] = "no" if config.latent_embedding_std is None else "yes"
         facts["gate on the cross-attention"] = "no" if config.cross_attention_gate_init is None else "yes"
     return facts
 
@@ -233,7 +234,7 @@ def _cost(config, arguments, sequence_length: int, num_tokens: int | None) -> di
     trained.num_inference_steps = most
     flops = training_flops(trained, sequence_length)
     steps = (least + most) / 2 if flops.num_inference_steps else 0
-    training = flops.step(steps, passes)
+    training = flops.step(steps * (1 if arguments is None else arguments.fast_cost), passes)
     facts = {"forward": _flops(flops.forward)}
     if steps:
         facts["inference step"] = f"{_flops(flops.fast_step)}, {flops.fast_step / flops.forward:.1f} times a forward"

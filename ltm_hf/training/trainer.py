@@ -27,6 +27,7 @@ from .monitor import fit_figures, peak_flops, trace_sums, variance_sums, watch
 from .muon import MuonWithAdamW
 from .order import DataOrderMixin
 from .sharding import accumulating, float32_reductions, gathered
+from .unrolled import split_labels, unrolled_posterior
 
 
 def prompts(input_ids, attention_mask=None, labels=None) -> dict[str, torch.Tensor]:
@@ -69,7 +70,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
     Beside the trainer's own, it logs, in nats a scored token over the steps since the last log:
         loss: -log p(x|z) at samples of the posterior that no fit has seen; kl: KL(q || prior);
         bound: loss + kl, which bounds the model's loss on the batches from above, before each was learned from; with
-            infer_from="prompt" the loss alone, since z then follows from the prompt and is not paid for;
+            infer_from="prompt" the loss alone, since z then follows from the prompt and is not paid for; and with
+            slow_gradient="unrolled", whose loss is exact: of a predictor that stops once to think;
         perplexity_bound: exp(bound); gain: what the last batch's latents save, loss at no latents - loss;
     and inference_seconds (in the fast loop, a step), tokens_per_second (scored, all processes) and, on a GPU that
     `monitor.PEAK_TFLOPS` knows, mfu: the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
@@ -113,8 +115,10 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 )
         elif config.num_latents and self.args.kl_annealing_steps:
             raise ValueError("kl_annealing_steps is for inference_method='amortized'.")
-        self.args.inference_steps(config)  # raises where they cannot be drawn
-        self._encoder_kl = None  # of this batch, with gradient, in nats
+        least, _ = self.args.inference_steps(config)
+        if self._unrolls:
+            self._check_unrolling(config, least)
+        self._beside = None  # what this batch pays beside the loss given latents: nats with gradient, value, tokens
         self._sums = defaultdict(float)  # since the last log, on this process
         self._eval_sums = defaultdict(float)  # of all processes
         self._fit_sums = defaultdict(float)  # of the fast loop in evaluation, on this process
@@ -123,6 +127,19 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         self._peak_flops = peak_flops(self.args.device)
         self.add_callback(_NoInputGradients)
         watch(self)
+
+    def _check_unrolling(self, config, least: int) -> None:
+        name, args = "slow_gradient='unrolled'", self.args
+        if config.inference_method != "variational" or args.infer_from != "labels" or least < 1:
+            raise ValueError(
+                f"{name} fits latents to a prefix of what is scored by one step or more: it needs "
+                "inference_method='variational', infer_from='labels' and num_inference_steps of at least 1."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile or args.gradient_checkpointing:
+            raise ValueError(
+                f"{name} takes gradients of gradients, which FSDP, DeepSpeed, torch.compile and gradient checkpointing "
+                "do not: use one process or DDP, without these."
+            )
 
     def _run_state(self):
         step, start = self._since
@@ -145,7 +162,16 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = self._prepare_inputs(inputs)
-        thoughts = self._think(self.accelerator.unwrap_model(model, keep_torch_compile=True).train(), inputs)
+        if not self._sums:
+            self._since = (self.state.global_step, time.perf_counter())
+        self._sums["tokens"] += self._num_scored(inputs).sum().item()
+        decoder = self.accelerator.unwrap_model(model, keep_torch_compile=True).train()
+        if self._unrolls:
+            share = random.Random(self._seed(self.state.global_step + 1)).uniform(0.25, 0.75)
+            prefix, rest = split_labels(**self._sequences(inputs), share=share)
+            thoughts, inputs = self._think(decoder, {**inputs, "labels": prefix}), {**inputs, "labels": rest}
+        else:
+            thoughts = self._think(decoder, inputs)
         self._count_flops(inputs["input_ids"], slow_steps=len(thoughts))
         if num_items_in_batch is not None:
             num_items_in_batch = num_items_in_batch * len(thoughts)  # the losses below then add up to their mean
@@ -153,22 +179,26 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         for number, latents in enumerate(thoughts, start=1):
             with nullcontext() if number == len(thoughts) else accumulating(self.accelerator, model):
                 loss += super().training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
-        self._encoder_kl = None
+        self._beside = None
         self._last_batch = {**inputs, "latents": None if thoughts[-1] is None else thoughts[-1].detach()}
         return loss if num_items_in_batch is not None else loss / len(thoughts)
 
     def compute_loss(self, model, inputs, *args, num_items_in_batch=None, **kwargs):
-        """The loss given latents. In an amortised step its gradient, and not its value, has the weighted KL as well."""
+        """The loss given latents, and what is paid beside it.
+
+        In an unrolled step that is the prefix's, in an amortised one the weighted KL: in its gradient, not its value.
+        """
         loss = super().compute_loss(model, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
-        if self._encoder_kl is None:
+        if self._beside is None:
             return loss
-        tokens = num_items_in_batch
-        if tokens is None:
-            tokens = self._num_scored(inputs).sum()
+        nats, value, tokens = self._beside
+        if num_items_in_batch is None:  # the loss is a mean over this batch's tokens
+            scored = self._num_scored(inputs).sum()
+            num_items_in_batch = scored + tokens
+            loss = loss * scored / num_items_in_batch
         elif self.args.average_tokens_across_devices:  # of all processes, whose gradients will be averaged
-            tokens = tokens / self.accelerator.num_processes
-        cost = self._kl_weight * self._encoder_kl / tokens
-        return loss + (cost - cost.detach())
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
+        return loss + (nats - nats.detach() + value) / num_items_in_batch
 
     @property
     def _kl_weight(self) -> float:
@@ -179,9 +209,6 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
 
     def _think(self, decoder, inputs) -> list[torch.Tensor | None]:
         """The latents that the decoder learns from, one (B, L, N, D) tensor for each forward pass of the slow step."""
-        if not self._sums:
-            self._since = (self.state.global_step, time.perf_counter())
-        self._sums["tokens"] += self._num_scored(inputs).sum().item()
         if not decoder.config.num_latents:
             return [None]
         if self.args.infer_from == "prompt" and self._last_batch is None and not self._any_prompt(inputs):
@@ -193,16 +220,22 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         seed = self._seed(self.state.global_step + 1)
         trajectory = []  # the samples that the decoder learns from beside the last
         keep = self.args.slow_gradient == "trajectory"
+        drawn = {
+            "num_inference_steps": random.Random(seed).randint(*self.args.inference_steps(decoder.config)),
+            "inference_learning_rate": self._inference_learning_rate(decoder.config),
+        }
         if decoder.config.inference_method == "amortized":
             posterior = amortized_posterior(decoder, **self._evidence(inputs))
-            self._encoder_kl = posterior.kl_divergence().sum()
+            self._beside = self._kl_weight * posterior.kl_divergence().sum(), 0, 0
+        elif self._unrolls:
+            posterior, nats = unrolled_posterior(decoder, **drawn, **self._evidence(inputs))
+            self._beside = nats, nats.detach(), self._num_scored(inputs).sum()
         else:
             with gathered(decoder, self.args.gather_during_inference, keep=True):
                 posterior = infer_posterior(
                     decoder,
                     **self._evidence(inputs),
-                    num_inference_steps=random.Random(seed).randint(*self.args.inference_steps(decoder.config)),
-                    inference_learning_rate=self._inference_learning_rate(decoder.config),
+                    **drawn,
                     seed=seed,
                     callback=(lambda step, latents, elbo: trajectory.append(latents)) if keep else None,
                 )
@@ -211,6 +244,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             self._sums["kl"] += posterior.kl_divergence().sum().item()
         self._sums["non_finite_rows"] += posterior.num_non_finite
         self._count_flops(self._evidence(inputs)["input_ids"], fast_steps=len(posterior.elbo_trace))
+        if self._unrolls:
+            return [posterior.mean]
         return [*trajectory, *self._samples(posterior, seed)]
 
     def _samples(self, posterior, seed: int) -> list[torch.Tensor]:
@@ -220,8 +255,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
     def _count_flops(self, input_ids, fast_steps=0, slow_steps=0) -> None:
         if self._peak_flops:
             cost = training_flops(self.model.config, input_ids.shape[1])
-            steps = fast_steps * cost.fast_step + slow_steps * cost.slow_step
-            self._sums["flops"] += input_ids.numel() * steps
+            self._sums["flops"] += input_ids.numel() * cost.step(fast_steps * self.args.fast_cost, slow_steps)
 
     def _inference_learning_rate(self, config) -> float:
         """The step size of inference now, linear over training."""
@@ -271,6 +305,10 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
     @property
     def _pays_kl(self) -> bool:
         return self._has_kl and self.args.infer_from != "prompt"
+
+    @property
+    def _unrolls(self) -> bool:
+        return self.args.slow_gradient == "unrolled" and bool(self.model.config.num_latents)
 
     def _num_scored(self, inputs) -> torch.Tensor:
         """(B,)"""
@@ -371,7 +409,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         sums = self._reduced(self._sums)
         figures = {"tokens_per_second": sums["tokens"] / seconds}
         kl = sums["kl"] / max(1, sums["tokens"])
-        bound = loss + kl * self._pays_kl
+        bound = loss if self._unrolls else loss + kl * self._pays_kl
         if self.model.config.num_latents:
             figures |= {"kl": kl, "bound": bound} if self._has_kl else {}
             figures["gain"] = self._gain()

@@ -255,6 +255,13 @@ def amortized():
     return logs(train("amortized", model=model, kl_annealing_steps=2, learning_rate=1e-2))
 
 
+def unrolled():
+    """Gradients through inference, likewise."""
+    if MODE not in ("single", "ddp"):
+        return None
+    return logs(train("unrolled", model=make_model(latent_embedding_std=1.0), slow_gradient="unrolled"))
+
+
 class CountsGathers(LTMTrainer):
     def _think(self, decoder, inputs):
         with launching.AllGathers() as counter:
@@ -290,6 +297,7 @@ CASES = {
     "bf16": bf16,
     "interrupted": interrupted,
     "amortized": amortized,
+    "unrolled": unrolled,
     "gathers": gathers,
 }
 

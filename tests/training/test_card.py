@@ -168,6 +168,15 @@ def test_cost_is_that_of_the_run(tmp_path, arguments, slow_gradient):
     assert cost["whole run (not a token)"] == f"{step * 1e9 / 1e18:.2f} E"
 
 
+def test_cost_of_gradients_through_inference(tmp_path, arguments):
+    """A fast step of half a text, three times."""
+    arguments.num_inference_steps, arguments.slow_gradient = 1, "unrolled"
+    _, cost = section(full_card(tmp_path, arguments), "Cost")
+    flops = training_flops(preset_config("ltm-small", num_inference_steps=1), 512)
+    step = 1.5 * flops.fast_step + flops.slow_step
+    assert cost["training step: 1 of inference, 1 of learning"] == f"{step / 1e6:.2f} M"
+
+
 def test_cost_where_inference_steps_are_drawn(tmp_path, arguments):
     arguments.num_inference_steps, arguments.num_inference_steps_min = 4, 1
     card = full_card(tmp_path, arguments)

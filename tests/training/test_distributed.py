@@ -79,9 +79,11 @@ def test_same_mathematics(run, mode, case):
     assert_close(run(mode)[case], run("single")[case])
 
 
-def test_an_encoder_learns_the_same_under_ddp(run):
-    assert run("single")["amortized"]["kl"][-1] > 0.01
-    assert_close(run("ddp")["amortized"], run("single")["amortized"])
+@pytest.mark.parametrize("case", ["amortized", "unrolled"])
+def test_what_runs_outside_the_forward_learns_the_same_under_ddp(run, case):
+    """An encoder, and inference that gradients go through."""
+    assert run("single")[case]["kl"][-1] > 0.01
+    assert_close(run("ddp")[case], run("single")[case])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,55 @@
+"""Gradients through inference: the decoder learns what latents, fitted to a prefix, do for the text that follows."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..configuration_ltm import InferenceSettings
+from ..posterior_ltm import IGNORED, LatentPosterior, negative_log_likelihood, scored_tokens, step_size
+
+
+def split_labels(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+    share: float = 0.5,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S) labels of the first `share` of the tokens that each row scores, and of the others; -100 elsewhere."""
+    labels = F.pad(scored_tokens(input_ids, attention_mask, labels), (1, 0), value=IGNORED)
+    scored = labels != IGNORED
+    rank = scored.cumsum(dim=1)
+    first = scored & (rank <= share * rank[:, -1:])
+    return labels.masked_fill(~first, IGNORED), labels.masked_fill(first, IGNORED)
+
+
+def unrolled_posterior(
+    model: nn.Module,
+    num_inference_steps: int,
+    inference_learning_rate: float,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
+) -> tuple[LatentPosterior, torch.Tensor]:
+    """N(m, I), m ← m - ρ_t (m + ∂NLL/∂m) T times from 0: `NaturalInference` at precision 1, no noise and no bounds.
+
+    The model's weights learn, and their gradient goes through the steps, as in MAML (Finn et al. 2017). ρ_t is as the
+    model's schedule has it. Returns with it the nats of all scored tokens at z = 0, where the steps begin.
+    """
+    settings = InferenceSettings.of(
+        model.config, num_inference_steps=num_inference_steps, inference_learning_rate=inference_learning_rate
+    )
+    scored = scored_tokens(input_ids, attention_mask, labels) != IGNORED
+    # The decoder is causal: what comes after the last token to explain need not be read.
+    width = 2 + int((scored.any(dim=0) * torch.arange(scored.shape[1], device=scored.device)).max())
+    given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    given = {name: None if tensor is None else tensor[:, :width] for name, tensor in given.items()}
+    mean = torch.zeros(len(input_ids), *model.config.latent_shape, device=input_ids.device, requires_grad=True)
+    trace = []
+    with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
+        for step in range(num_inference_steps):
+            nll = negative_log_likelihood(model, **given, latents=mean)
+            trace.append(nll)
+            (gradient,) = torch.autograd.grad(nll.sum(), mean, create_graph=True)
+            mean = mean - step_size(settings, step) * (mean + gradient)
+    return LatentPosterior(mean, torch.zeros_like(mean), -torch.stack(trace).detach()), trace[0].sum()
