@@ -120,7 +120,9 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
 
     # Backward, a product with a weight costs its forward once for its input and once for the weight; a product of two
     # activations costs it once for each.
-    weights_backward = 2 * forward - layers * latent_projections  # the slow step's latents need no gradient
+    weights_backward = 2 * forward
+    if config.latent_embedding_std is None:  # the slow step's latents need no gradient
+        weights_backward -= layers * latent_projections
     latents_backward = linear + 2 * attended
     # Layer 0 reads no latents before its cross-attention: what comes before, and the queries, are constant.
     latents_backward -= projections + 2 * scores + cross_query + cross_scores // 2
