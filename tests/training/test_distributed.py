@@ -82,7 +82,7 @@ def test_same_mathematics(run, mode, case):
 @pytest.mark.parametrize("case", ["amortized", "unrolled"])
 def test_what_runs_outside_the_forward_learns_the_same_under_ddp(run, case):
     """An encoder, and inference that gradients go through."""
-    assert run("single")[case]["kl"][-1] > 0.01
+    assert run("single")[case]["kl"][-1] > 0.001
     assert_close(run("ddp")[case], run("single")[case])
 
 
