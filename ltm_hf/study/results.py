@@ -132,7 +132,7 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
     from matplotlib.figure import Figure
 
     settings = {setting: found for setting in study.settings if (found := _by_model(study, cells, setting))}
-    figure = Figure(figsize=(11.5, 4.2 * len(settings)), layout="constrained")
+    figure = Figure(figsize=(13, 4.2 * len(settings)), layout="constrained")
     grid = figure.subplots(len(settings), 2, squeeze=False)
     for axes_of_row, (setting, by_model) in zip(grid, settings.items(), strict=True):
         reference = by_model.get(study.reference)
@@ -151,5 +151,5 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
                 axes.set_xticks(range(len(steps)), [str(number) for number in steps])
             title = "bound with fresh noise" if kind == "bound" else "prefix: what follows, latents from what precedes"
             axes.set(xlabel="inference steps at test time", ylabel="nats a token", title=f"{setting}: {title}")
-        axes_of_row[1].legend(fontsize=8)
+        axes_of_row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
