@@ -85,7 +85,9 @@ class Study:
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Study":
         with open(path, encoding="utf-8") as file:
-            given = yaml.safe_load(file)
+            given = yaml.safe_load(file) or {}
+        if missing := {"settings", "models", "reference"} - given.keys():
+            raise ValueError(f"{path}: a study needs {', '.join(sorted(missing))}.")
         given.pop("shared", None)  # what other entries refer to by YAML's anchors
         _check_names(cls, given, "the study")
         for part, kind in (("settings", Setting), ("models", Model)):
@@ -100,9 +102,11 @@ class Study:
         if self.reference not in self.models:
             raise ValueError(f"The reference {self.reference!r} is none of the models: {', '.join(self.models)}.")
         for name, model in self.models.items():
-            for other in (model.parameters_of, model.flops_of, model.weights_of):
+            for other in _references(model):
                 if other is not None and other not in self.models:
                     raise ValueError(f"{name}: there is no model {other!r}; there are {', '.join(self.models)}.")
+                if other == name or (other and any(_references(self.models[other]))):
+                    raise ValueError(f"{name}: {other} must not depend on a model itself.")
         for setting in self.settings:  # so that nothing fails hours later
             for model in self.models:
                 config, arguments = self.config(setting, model), self.arguments(setting, model, "", seed=0)
@@ -185,6 +189,10 @@ _TRAINING = {
     "report_to": "none",
     "dataloader_pin_memory": False,
 }
+
+
+def _references(model: Model) -> tuple[str | None, ...]:
+    return model.parameters_of, model.flops_of, model.weights_of
 
 
 def _built(kind: type, given: dict, where: str):

@@ -206,6 +206,7 @@ def test_estimates_by_hand():
         ({"models": {"natural": {"config": {"width": 1}}}}, "letters, natural: LTMConfig has no width"),
         ({"models": {"natural": {"training": {"pace": 1}}}}, "training: there is no pace in LTMTrainingArguments"),
         ({"models": {"natural": {"parameters_of": "x"}}}, "natural: there is no model 'x'; there are natural, twin"),
+        ({"models": {"natural": {"parameters_of": "natural"}}}, "natural: natural must not depend on a model itself"),
         ({"models": {"natural": {"config": {"num_latents": 3}}}}, "num_latents"),
         ({"models": {"natural": {"training": {"num_inference_steps_min": 9}}}}, "must be at most num_inference_steps"),
         ({"models": {"natural": {"config": {"max_position_embeddings": 8}}}}, "all models of a setting must have its"),
@@ -221,6 +222,12 @@ def test_bad_input_is_named(grid, change, message):
     grid_too.write_text(yaml.safe_dump(given | change, sort_keys=False))
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         Study.from_yaml(grid_too)
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing")
+    with pytest.raises(ValueError, match="empty.yaml: a study needs models, reference, settings"):
+        Study.from_yaml(tmp_path / "empty.yaml")
 
 
 def test_names_that_are_not_there(study, tmp_path):
