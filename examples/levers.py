@@ -1,6 +1,6 @@
 """Things to try that the package does not have, each by itself, on the same tokens: examples/study.py with levers.
 
-    python examples/levers.py                                       # examples/configs/levers.yaml
+    python examples/levers.py                                       # examples/studies/levers.yaml
     python examples/levers.py --models natural tanh-gate
 
 Options and output are those of examples/study.py. What was found is in examples/benchmarks/RESULTS.md.

@@ -1,6 +1,6 @@
 """Compare Latent Thought Models with their autoregressive twins, trained on the same tokens in the same order.
 
-    python examples/study.py                                        # examples/configs/study.yaml
+    python examples/study.py                                        # examples/studies/presidents.yaml
     python examples/study.py my_study.yaml --output_dir outputs/my_study
     python examples/study.py --settings sotu --models natural-2 twin --seeds 42
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from ltm_hf.study import Lever, Study, run_study
 
 
-def main(grid: str = "study.yaml", levers: Mapping[str, Lever] | None = None) -> None:
-    """grid: the default's name in examples/configs."""
+def main(grid: str = "presidents.yaml", levers: Mapping[str, Lever] | None = None) -> None:
+    """grid: the default's name in examples/studies."""
     parser = argparse.ArgumentParser(description="A comparison of models trained on the same tokens.")
-    parser.add_argument("grid", nargs="?", type=Path, default=Path(__file__).parent / "configs" / grid)
+    parser.add_argument("grid", nargs="?", type=Path, default=Path(__file__).parent / "studies" / grid)
     parser.add_argument("--output_dir", type=Path, help="default: outputs/ and the grid's name")
     parser.add_argument("--settings", nargs="+", help="run the cells of these alone")
     parser.add_argument("--models", nargs="+", help="run the cells of these alone")

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from ltm_hf import infer_posterior
 from ltm_hf.configuration_ltm import InferenceSettings
+from ltm_hf.flops import count_parameters
 from ltm_hf.posterior_ltm import INFERENCE_OPTIMIZERS, negative_log_likelihood
 from ltm_hf.study import Study
 from ltm_hf.training import LTMTrainingArguments
@@ -50,7 +51,7 @@ def trainer_of(tmp_path):
 
 def tiny(name, tmp_path):
     """A grid of the examples, with three steps of training on short letters."""
-    given = yaml.safe_load((EXAMPLES / "configs" / name).read_text())
+    given = yaml.safe_load((EXAMPLES / "studies" / name).read_text())
     given.pop("shared", None)
     lines = [f"{word} " * 12 for word in ("one", "two", "three", "four", "five", "six") * 7]
     (tmp_path / "texts.jsonl").write_text("\n".join(f'{{"text": "{line}"}}' for line in lines))
@@ -70,7 +71,7 @@ def tiny(name, tmp_path):
 
 
 def test_study(run, tmp_path):
-    grid, folder = tiny("study.yaml", tmp_path), tmp_path / "outputs"
+    grid, folder = tiny("presidents.yaml", tmp_path), tmp_path / "outputs"
     names = ["natural-2", "natural-1-4", "natural-2-lbfgs", "adamw-16", "twin-equal", "twin-flops"]
     said = run(EXAMPLES / "study.py", grid, "--output_dir", folder, "--models", *names).stdout
     for name in names:
@@ -84,10 +85,20 @@ def test_study(run, tmp_path):
 def test_every_lever(run, tmp_path):
     grid = tiny("levers.yaml", tmp_path)
     said = run(EXAMPLES / "levers.py", grid, "--output_dir", tmp_path / "outputs").stdout
-    for name in Study.from_yaml(EXAMPLES / "configs" / "study.yaml").models.keys() & {"twin-equal", "full-equal"}:
-        assert f"| {name} " in said
     for name in yaml.safe_load(grid.read_text())["models"]:
         assert f"| {name} " in said
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "studies").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_grid_can_be_run(levers, path):
+    """Fields, models and levers are there; equal parameters are equal within a percent, at the size that it names."""
+    study = Study.from_yaml(path)
+    assert {model.lever for model in study.models.values()} <= {None, *levers.LEVERS}
+    for setting in study.settings:
+        for name, model in study.models.items():
+            if model.parameters_of is not None:
+                pair = (count_parameters(study.config(setting, which)) for which in (name, model.parameters_of))
+                assert next(pair) == pytest.approx(next(pair), rel=0.01)
 
 
 def losses(model, ids, latents):
