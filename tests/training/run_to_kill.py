@@ -63,6 +63,9 @@ def main(folder, rows=52, streaming=False, stop_at=None, poison=None, record=Non
         found = {"world": args.world_size, "rows": trainer.rows, "weights": weights.double().sum().item()}
         os.makedirs(record, exist_ok=True)
         Path(record, f"{args.process_index}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():  # a process that leaves while the other's threads talk to it may abort
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
