@@ -83,21 +83,8 @@ def _figures(cells: Seeds) -> dict:
 
 def _costs(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str:
     at, reference = study.scoring.at, by_model.get(study.reference)
-    head = [
-        "model",
-        "seeds",
-        "parameters",
-        "MFLOPs",
-        "steps",
-        "ms",
-        "loss",
-        "difference",
-        "kl",
-        "iw",
-        "prefix",
-        "difference",
-    ]
-    rows = [[*head, "mixture"]]
+    head = "model seeds parameters MFLOPs steps ms loss difference kl iw prefix difference mixture"
+    rows = [head.split()]
     for name in names:
         cells, other = by_model[name], None if name == study.reference else reference
         one, known = next(iter(cells.values())), _figures(cells)

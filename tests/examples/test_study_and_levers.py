@@ -137,15 +137,23 @@ def test_what_the_decoder_reads_of_latents(levers, model, ids, make_noise, name)
     assert losses(model, ids, seen) != pytest.approx(before, rel=1e-3)
 
 
-def test_learned_priors_begin_where_there_is_none(levers, model, ids, make_noise):
-    latents = make_noise(3, *model.config.latent_shape)
-    before = losses(model, ids, latents)
-    for name in ("diagonal-prior", "hierarchical-prior"):
-        levers.LEVERS[name].change(model)
-        assert losses(model, ids, latents) == pytest.approx(before, rel=1e-5)
+def test_learned_priors(levers, make_model, ids, make_noise):
+    """They begin where there is none, and then are what their names say."""
+    plain = make_model()
+    latents = make_noise(3, *plain.config.latent_shape)
+    diagonal, hierarchical = make_model(), make_model()
+    levers.LEVERS["diagonal-prior"].change(diagonal)
+    levers.LEVERS["hierarchical-prior"].change(hierarchical)
+    for model in (diagonal, hierarchical):
+        assert losses(model, ids, latents) == pytest.approx(losses(plain, ids, latents), rel=1e-5)
     with torch.no_grad():
-        model.model.of_latents.maps[0].weight.copy_(torch.eye(32))  # layer 1 reads the sum
-    levers.through(model, torch.nn.Identity())  # the hooks follow one another: the sum again
+        diagonal.model.of_latents.shift.fill_(0.5)
+        diagonal.model.of_latents.scale.fill_(2.0)
+        hierarchical.model.of_latents.maps[0].weight.copy_(torch.eye(32))
+    summed = torch.stack((latents[:, 0], latents[:, 0] + latents[:, 1]), dim=1)
+    assert losses(diagonal, ids, latents) == pytest.approx(losses(plain, ids, 0.5 + 2 * latents), rel=1e-5)
+    assert losses(hierarchical, ids, latents) == pytest.approx(losses(plain, ids, summed), rel=1e-5)
+    assert losses(plain, ids, summed) != pytest.approx(losses(plain, ids, latents), rel=1e-3)
 
 
 def test_two_samples(levers, model, ids):
