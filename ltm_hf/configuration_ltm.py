@@ -81,14 +81,20 @@ class LTMConfig(PreTrainedConfig):
             queries, keys and values) or "qwen3" (a norm on each head's queries and keys).
 
     Latents:
-        num_latents: the TOTAL number of latent vectors (the paper's N_z), a multiple of `num_hidden_layers`; layer l
-            owns `latents_per_layer` of them, each of width `hidden_size`. 0 builds the autoregressive baseline
-            without cross-attention.
+        num_latents: the TOTAL number of latent vectors (the paper's N_z), a multiple of the layers that read them; each
+            owns `latents_per_layer`, of width `hidden_size`. 0 builds the autoregressive baseline without
+            cross-attention.
+        cross_attention_layers: the layers that read latents, counted from 0, or from -1 back; `None` is all, as in the
+            paper. The others have no cross-attention, and those before the first are computed once for all steps.
         latent_position_stride: distance between the rotary positions of a layer's latents; default
             `max_position_embeddings // num_latents`, as in the paper.
         latent_embedding_std: standard deviation, at first, of a learned vector for each latent, added to it where it is
             read; `None` is the paper's layer, which has none. Without them the latents of a layer are all the same to a
             decoder that reads z = 0, and the first gradient there moves them alike.
+        cross_attention_rotary: queries and latent keys rotate, as in the paper. Without, which latents a token reads
+            depends on what it says and not on where it stands.
+        cross_attention_query_std: standard deviation, at first, of the projections to queries and latent keys; `None`
+            is `initializer_range`, with which a token reads all latents of a layer alike at first.
         cross_attention_gate_init: start value of a learned gate for each channel of the cross-attention's output;
             `None` is the paper's layer, which has no gate.
 
@@ -162,6 +168,9 @@ class LTMConfig(PreTrainedConfig):
     num_latents: int = 24
     latent_position_stride: int | None = None
     latent_embedding_std: float | int | None = None
+    cross_attention_layers: list[int] | None = None
+    cross_attention_rotary: bool = True
+    cross_attention_query_std: float | int | None = None
     cross_attention_gate_init: float | int | None = 0.1
 
     inference_method: str = "variational"
@@ -206,15 +215,26 @@ class LTMConfig(PreTrainedConfig):
             raise ValueError(
                 f"self_attention must be one of {', '.join(SELF_ATTENTIONS)}; got {self.self_attention!r}."
             )
-        if self.num_latents < 0 or self.num_latents % self.num_hidden_layers:
+        if self.cross_attention_layers is not None:
+            depth, named = self.num_hidden_layers, self.cross_attention_layers
+            layers = sorted({layer % depth for layer in named})
+            if not layers or len(layers) < len(named) or not all(-depth <= layer < depth for layer in named):
+                raise ValueError(
+                    f"cross_attention_layers must be None or different layers of the {depth} (0 to {depth - 1}), "
+                    f"got {named}."
+                )
+            self.cross_attention_layers = layers
+        owners = len(self.cross_attention_layers or range(self.num_hidden_layers))
+        if self.num_latents < 0 or self.num_latents % owners:
+            counted = "num_hidden_layers" if self.cross_attention_layers is None else "the cross_attention_layers"
             raise ValueError(
-                f"num_latents ({self.num_latents}) must be 0 or a multiple of num_hidden_layers "
-                f"({self.num_hidden_layers}): it counts the latents of all layers together."
+                f"num_latents ({self.num_latents}) must be 0 or a multiple of {counted} ({owners}): it counts the "
+                "latents of all layers together."
             )
-        if self.latent_embedding_std is not None and not 0 <= self.latent_embedding_std < math.inf:
-            raise ValueError(
-                f"latent_embedding_std must be None, or 0 or more and finite, got {self.latent_embedding_std}."
-            )
+        for name in ("latent_embedding_std", "cross_attention_query_std"):
+            std = getattr(self, name)
+            if std is not None and not 0 <= std < math.inf:
+                raise ValueError(f"{name} must be None, or 0 or more and finite, got {std}.")
         if self.num_latents and self.latent_position_stride is None:
             self.latent_position_stride = max(1, self.max_position_embeddings // self.num_latents)
         if self.inference_learning_rate is None:
@@ -248,13 +268,20 @@ class LTMConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @property
+    def reading_layers(self) -> list[int]:
+        """The layers that read latents; none without latents, and of the first alone in an early exit."""
+        layers = self.cross_attention_layers or range(self.num_hidden_layers)
+        return [layer for layer in layers if layer < self.num_hidden_layers] if self.num_latents else []
+
+    @property
     def latents_per_layer(self) -> int:
-        return self.num_latents // self.num_hidden_layers
+        """Of a layer that reads latents."""
+        return self.num_latents // len(self.cross_attention_layers or range(self.num_hidden_layers))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(layers, latents a layer, hidden): the shape of one sequence's latents."""
-        return (self.num_hidden_layers, self.latents_per_layer, self.hidden_size)
+        """(layers that read latents, latents a layer, hidden): the shape of one sequence's latents."""
+        return (len(self.reading_layers), self.latents_per_layer, self.hidden_size)
 
 
 __all__ = ["InferenceSettings", "LTMConfig"]

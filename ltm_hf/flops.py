@@ -27,17 +27,16 @@ def count_parameters(config: LTMConfig) -> int:
     hidden, queries, keys = widths(config)
     attention = 2 * hidden * queries + 2 * hidden * keys
     extra = {"mistral": 0, "qwen2": queries + 2 * keys, "qwen3": 2 * config.head_dim}[config.self_attention]
-    layer = plain_layer = attention + extra + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
-    if config.num_latents:
-        layer += attention + hidden  # its norm
-        layer += 0 if config.cross_attention_gate_init is None else hidden
-        layer += 0 if config.latent_embedding_std is None else config.latents_per_layer * hidden
+    layer = attention + extra + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
+    reading = attention + hidden  # what a layer that reads latents has more; its norm
+    reading += 0 if config.cross_attention_gate_init is None else hidden
+    reading += 0 if config.latent_embedding_std is None else config.latents_per_layer * hidden
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
     encoder = 0
     if _has_encoder(config):
-        encoder = config.num_hidden_layers * plain_layer + config.num_latents * hidden  # its queries
+        encoder = config.num_hidden_layers * layer + config.num_latents * hidden  # its queries
         encoder += hidden + 2 * hidden**2  # its norm and head
-    return embeddings + config.num_hidden_layers * layer + hidden + encoder
+    return embeddings + config.num_hidden_layers * layer + len(config.reading_layers) * reading + hidden + encoder
 
 
 def _has_encoder(config: LTMConfig) -> bool:
@@ -66,7 +65,8 @@ class TrainingFlops:
 
     forward: logits of all positions, from tokens and latents.
     fast_step: logits of all positions but the last, and the gradient of the latents, no weight gradient; a share of
-        layer 0's self-attention, which is computed once for all steps. 0 without latents, and with an encoder.
+        what comes before the first cross-attention, which is computed once for all steps. 0 without latents, and with
+        an encoder.
     slow_step: a forward and the gradient of all weights, at latents that need none; with an encoder, all of its work
         and the latents' gradient.
     num_inference_steps: fast steps of a training step.
@@ -111,30 +111,32 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
         cross_query = cross_out = tokens * 2 * hidden * queries
         latent_projections = config.latents_per_layer * 4 * hidden * keys
         cross_scores = 4 * queries * tokens * config.latents_per_layer
-    layers = config.num_hidden_layers
-    linear = layers * (projections + mlp + cross_query + cross_out + latent_projections)
+    layers, reading = config.num_hidden_layers, config.reading_layers
+    cross = cross_query + cross_out + latent_projections
     head = 2 * hidden * config.vocab_size  # of one token
-    linear += tokens * head
-    attended = layers * (scores + cross_scores)
+    linear = layers * (projections + mlp) + len(reading) * cross + tokens * head
+    attended = layers * scores + len(reading) * cross_scores
     forward = linear + attended
 
     # Backward, a product with a weight costs its forward once for its input and once for the weight; a product of two
     # activations costs it once for each.
     weights_backward = 2 * forward
     if config.latent_embedding_std is None:  # the slow step's latents need no gradient
-        weights_backward -= layers * latent_projections
-    latents_backward = linear + 2 * attended
-    # Layer 0 reads no latents before its cross-attention: what comes before, and the queries, are constant.
-    latents_backward -= projections + 2 * scores + cross_query + cross_scores // 2
+        weights_backward -= len(reading) * latent_projections
+    # What comes before the first cross-attention, and its queries, are constant.
+    before = min(reading, default=0)
+    latents_backward = linear - before * (projections + mlp) - projections - cross_query
+    latents_backward += 2 * (attended - (before + 1) * scores) - cross_scores // 2
     fast_step = forward + latents_backward - 2 * head if config.num_latents else 0  # the last token predicts nothing
-    if fast_step and config.num_inference_steps:  # layer 0's self-attention is computed once for all steps
-        fast_step -= (projections + scores) * (1 - 1 / config.num_inference_steps)
+    if fast_step and config.num_inference_steps:  # and is computed once for all steps
+        constant = before * (projections + scores + mlp) + projections + scores
+        fast_step -= constant * (1 - 1 / config.num_inference_steps)
     slow_step = forward + weights_backward
     if _has_encoder(config):
         fast_step, read = 0, tokens + config.num_latents  # tokens and queries, each of which attends to all
         encoder = layers * (read * (projections + mlp) // tokens + 4 * queries * read**2)
         encoder += config.num_latents * 4 * hidden**2  # the head
-        slow_step += layers * latent_projections + 3 * encoder
+        slow_step += len(reading) * latent_projections + 3 * encoder
     return TrainingFlops(
         forward=forward / tokens,
         fast_step=fast_step / tokens,

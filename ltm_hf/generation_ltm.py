@@ -260,9 +260,10 @@ class LTMGenerationMixin(GenerationMixin):
         if latents is not None:
             others = {name: value for name, value in kwargs["model_kwargs"].items() if name != "latent_key_values"}
             early_exit = kwargs["generation_config"].assistant_early_exit
+            reading = [layer for layer in self.config.reading_layers if layer < (early_exit or 0)]
             # A draft model has latents of its own shape, or none: it infers its own. The first layers are this model's.
             kwargs["model_kwargs"] = (
-                others if early_exit is None else {"latent_key_values": latents[:, :early_exit]} | others
+                others if early_exit is None else {"latent_key_values": latents[:, : len(reading)]} | others
             )
         return super()._get_candidate_generator(*args, **kwargs)
 

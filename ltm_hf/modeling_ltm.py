@@ -130,7 +130,8 @@ class LTMLatentEmbeddings(nn.Module):
 
 
 class LTMCrossAttention(nn.Module):
-    """Tokens ask, the layer's latents answer. Queries rotate at their token's position, latent keys at 0, s, 2s, …"""
+    """Tokens ask, the layer's latents answer. Queries rotate at their token's position, latent keys at 0, s, 2s, …;
+    neither does without `cross_attention_rotary`."""
 
     def __init__(self, config: LTMConfig):
         super().__init__()
@@ -144,6 +145,7 @@ class LTMCrossAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj.finds_latents = self.k_proj.finds_latents = True  # for `_init_weights`
         embedded = config.latent_embedding_std is not None
         self.latent_embeddings = LTMLatentEmbeddings(config) if embedded else nn.Identity()
 
@@ -154,8 +156,9 @@ class LTMCrossAttention(nn.Module):
         latents = self.latent_embeddings(latents).to(position_embeddings[0].dtype)
         heads = (*latents.shape[:-1], -1, self.head_dim)
         keys, values = (project(latents).view(heads).transpose(1, 2) for project in (self.k_proj, self.v_proj))
-        position_embeddings = tuple(table.to(keys.device) for table in position_embeddings)
-        return torch.stack((apply_rotary(keys, position_embeddings), values), dim=1)
+        if self.config.cross_attention_rotary:
+            keys = apply_rotary(keys, tuple(table.to(keys.device) for table in position_embeddings))
+        return torch.stack((keys, values), dim=1)
 
     def forward(
         self,
@@ -164,7 +167,9 @@ class LTMCrossAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        queries = apply_rotary(self.q_proj(hidden_states).view(heads).transpose(1, 2), position_embeddings)
+        queries = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        if self.config.cross_attention_rotary:
+            queries = apply_rotary(queries, position_embeddings)
         keys, values = latent_key_values.to(queries.dtype).unbind(dim=1)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -195,13 +200,13 @@ class LTMGate(nn.Module):
 
 
 class LTMDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: LTMConfig, layer_idx: int, reads_latents: bool = True):
+    def __init__(self, config: LTMConfig, layer_idx: int, reads_latents: bool):
         super().__init__()
         self.self_attn = _SELF_ATTENTIONS[config.self_attention](config, layer_idx)
         self.mlp = MistralMLP(config)
         self.input_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        if config.num_latents and reads_latents:
+        if reads_latents:
             self.cross_attn = LTMCrossAttention(config)
             self.cross_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             if config.cross_attention_gate_init is None:
@@ -291,6 +296,8 @@ class LTMPreTrainedModel(PreTrainedModel):
             # the projection: in code that is not its own, transformers passes over modules that only hold others.
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
+        elif getattr(module, "finds_latents", False) and self.config.cross_attention_query_std is not None:
+            init.normal_(module.weight, mean=0.0, std=self.config.cross_attention_query_std)
         elif getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
 
@@ -303,7 +310,9 @@ class LTMModel(LTMPreTrainedModel):
     def __init__(self, config: LTMConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(LTMDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            LTMDecoderLayer(config, index, index in config.reading_layers) for index in range(config.num_hidden_layers)
+        )
         self.norm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MistralRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -322,7 +331,8 @@ class LTMModel(LTMPreTrainedModel):
         check_latents(self.config, latents)
         tables = self.latent_position_embeddings(latents.to(self.dtype))
         projected = []
-        for index, layer in enumerate(self.layers):
+        for index, number in enumerate(self.config.reading_layers):
+            layer = self.layers[number]
             sharded = hasattr(layer, "unshard")  # FSDP2 gathers weights for a layer's own forward only
             if sharded:
                 layer.unshard()
@@ -374,17 +384,25 @@ class LTMModel(LTMPreTrainedModel):
             )
             if prelude is not None:
                 prelude.inputs = hidden_states, shared
+        given = latents if latent_key_values is None else latent_key_values
+        of_layers = dict(zip(self.config.reading_layers, () if given is None else given.unbind(dim=1)))
+        first = min(of_layers, default=0)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer: early exit, a draft
-            hidden_states = layer(
-                hidden_states,
-                None if latents is None else latents[:, index],
-                None if latent_key_values is None else latent_key_values[:, index],
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                prelude=prelude if index == 0 else None,
-                **shared,
-                **kwargs,
-            )
+            before = prelude is not None and index < first  # nothing there depends on latents
+            if before and prelude.hidden_states is not None:
+                continue
+            read = of_layers.get(index)
+            with torch.no_grad() if before else nullcontext():
+                hidden_states = layer(
+                    hidden_states,
+                    read if latent_key_values is None else None,
+                    None if latent_key_values is None else read,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    prelude=prelude if index == first else None,
+                    **shared,
+                    **kwargs,
+                )
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states),
             past_key_values=past_key_values if use_cache else None,
@@ -450,7 +468,7 @@ def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, 
     """Raise a ValueError unless `latent_key_values` is (B, L, 2, K, N, d); tensor parallelism decides on K."""
     if not config.num_latents:
         raise ValueError("This model was built with num_latents=0 and takes no latents.")
-    shape = (batch_size, config.num_hidden_layers, 2)
+    shape = (batch_size, len(config.reading_layers), 2)
     if latent_key_values.ndim != 6 or latent_key_values.shape[:3] != shape:
         raise ValueError(
             f"latent_key_values must be from project_latents, of the shape {shape} (batch, layers, 2) and (key-value "

@@ -185,10 +185,11 @@ def _activations(
     mlp = size * inner * (4 if learns else 3)
 
     self_part = norm(3) + attention
-    cross_part = norm(1) + cross_attention + gate if n else 0
-    layer = tokens * (self_part + cross_part + norm(2) + mlp) + batch * latents
+    cross_part = norm(1) + cross_attention + gate
     copies = 2 * (2 * hidden * queries + 2 * hidden * keys) if bf16 else 0  # of an attention's weights
-    layer += copies * (2 if n else 1) + (2 * 3 * hidden * inner if bf16 else 0)
+    plain = tokens * (self_part + norm(2) + mlp) + copies + (2 * 3 * hidden * inner if bf16 else 0)
+    reading = tokens * cross_part + batch * latents + copies  # what a layer that reads latents has more
+    layers, layer = config.reading_layers, plain + (reading if n else 0)
     # Of the head: its gradients, if it has given them already, or its copy.
     head = tokens * norm(1)
     if chunked:
@@ -204,8 +205,9 @@ def _activations(
         # The peak comes when head and MLP have let go of what they had for their own weights.
         gone = tokens * (4 * hidden + size * inner) if chunked and learns else 0
         return kept, layer + 2 * 4 * tokens * hidden - gone
-    saved = config.num_hidden_layers * layer + head
+    saved = config.num_hidden_layers * plain + len(layers) * reading + head
     if frozen:  # before the first cross-attention nothing depends on latents
+        saved -= min(layers, default=0) * plain
         saved -= tokens * (self_part + norm(1)) + (copies + 2 * hidden * queries if bf16 else 0)
     return saved, 0
 

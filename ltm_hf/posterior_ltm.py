@@ -234,7 +234,7 @@ class Prelude:
 
     labels: torch.Tensor | None = None  # (B, S), -100 where nothing is scored
     inputs: tuple[torch.Tensor, dict] | None = None  # of the layers: embeddings; mask, positions, rotary tables
-    hidden_states: torch.Tensor | None = None  # (B, S, D), which enter layer 0's cross-attention
+    hidden_states: torch.Tensor | None = None  # (B, S, D), which enter the first cross-attention
     scored: tuple[tuple[torch.Tensor, ...], torch.Tensor] | None = None  # of M tokens: rows and positions; targets
 
 

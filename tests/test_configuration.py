@@ -27,6 +27,13 @@ def test_more_latents_than_positions():
     assert LTMConfig(num_latents=2048 * 3, max_position_embeddings=1024).latent_position_stride == 1
 
 
+def test_layers_that_read_latents():
+    config = LTMConfig(cross_attention_layers=[-1, 0])
+    assert config.cross_attention_layers == config.reading_layers == [0, 2]
+    assert config.latent_shape == (2, 12, 512)
+    assert LTMConfig().reading_layers == [0, 1, 2] and LTMConfig(num_latents=0).reading_layers == []
+
+
 def test_rope_theta_is_folded_in():
     assert LTMConfig(rope_theta=500.0).rope_parameters["rope_theta"] == 500.0
 
@@ -36,6 +43,12 @@ def test_rope_theta_is_folded_in():
     [
         (dict(num_latents=25), r"num_latents \(25\).*multiple of num_hidden_layers \(3\)"),
         (dict(num_latents=-3), "num_latents"),
+        (dict(num_latents=3, cross_attention_layers=[0, 2]), r"num_latents \(3\).*the cross_attention_layers \(2\)"),
+        (dict(cross_attention_layers=[]), r"cross_attention_layers.*the 3 \(0 to 2\), got \[\]"),
+        (dict(cross_attention_layers=[3]), r"cross_attention_layers.*\[3\]"),
+        (dict(cross_attention_layers=[2, -1]), r"cross_attention_layers.*different.*\[2, -1\]"),
+        (dict(latent_embedding_std=-1), "latent_embedding_std.*-1"),
+        (dict(cross_attention_query_std=float("nan")), "cross_attention_query_std.*nan"),
         (dict(num_attention_heads=8, num_key_value_heads=3), "num_attention_heads.*num_key_value_heads"),
         (dict(hidden_size=30, num_attention_heads=8), "hidden_size.*num_attention_heads"),
         (dict(hidden_size=24, num_attention_heads=8), "head_dim must be even.*3"),

@@ -264,8 +264,9 @@ def test_assisted_decoding(make_model, prompts, overrides):
 
 
 @pytest.mark.skipif(transformers.__version__ < "5.18", reason="5.17 cannot shorten a cache that has unwritten layers")
-def test_drafts_of_the_first_layers(make_model, prompts):
-    model = make_model(sliding_window=64)
+@pytest.mark.parametrize("layers", [None, [0], [1]])
+def test_drafts_of_the_first_layers(make_model, prompts, layers):
+    model = make_model(sliding_window=64, cross_attention_layers=layers)
     expected = model.generate(prompts[:1], **GREEDY)
     assert torch.equal(model.generate(prompts[:1], assistant_early_exit=1, **GREEDY), expected)
     assert model.config.num_hidden_layers == 2

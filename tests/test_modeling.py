@@ -130,3 +130,38 @@ def test_embeddings_are_added_to_latents(make_model, ids, latents):
 def test_closed_gate_shuts_the_latents_out(make_model, ids, latents):
     model = make_model(cross_attention_gate_init=0.0)
     close(model(ids, latents=latents).logits, model(ids).logits)
+
+
+# ------------------------------------------------------------------ which layers read latents, and how they find them
+
+
+@torch.no_grad()
+def test_layers_without_cross_attention(make_model, ids, latents):
+    """They are the decoder's whose other layers read latents of zero."""
+    last, every = make_model(num_latents=2, cross_attention_layers=[1], latent_position_stride=16), make_model()
+    missing, unexpected = last.load_state_dict(every.state_dict(), strict=False)
+    assert not missing and unexpected and all(name.startswith("model.layers.0.cross_att") for name in unexpected)
+    alone = latents[:, 1:]
+    assert last.config.latent_shape == alone.shape[1:] == (1, 2, 32)
+    expected = every(ids, latents=torch.cat((torch.zeros_like(alone), alone), dim=1)).logits
+    close(last(ids, latents=alone).logits, expected)
+    close(last(ids, latent_key_values=last.project_latents(alone)).logits, expected)
+    with pytest.raises(ValueError, match=r"latents must have the shape \(3, 1, 2, 32\)"):
+        last(ids, latents=latents)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rotary", [True, False])
+def test_without_rotation_latents_are_found_by_what_a_token_says(make_model, rotary):
+    """The same token in windows of the same tokens, at another position."""
+    model = make_model(cross_attention_rotary=rotary, num_latents=32, sliding_window=2)
+    ids, latents = torch.full((1, 16), 7), torch.randn(1, *model.config.latent_shape)
+    logits = model(ids, latents=latents).logits[0]
+    moved = (logits[4] - logits[15]).abs().max()
+    assert moved < 1e-5 if not rotary else moved > 1e-2
+
+
+def test_queries_and_latent_keys_start_as_wide_as_asked(make_model):
+    weights = make_model(cross_attention_query_std=0.7, latent_embedding_std=None).state_dict()
+    for name, wide in (("q_proj", 0.7), ("k_proj", 0.7), ("v_proj", 0.3)):
+        assert abs(weights[f"model.layers.0.cross_attn.{name}.weight"].std() / wide - 1) < 0.1

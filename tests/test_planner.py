@@ -36,6 +36,7 @@ VARIANTS = {
     "untied": dict(tie_word_embeddings=False),
     "one layer": dict(num_hidden_layers=1),
     "full attention": dict(sliding_window=None),
+    "middle layer": dict(cross_attention_layers=[1]),
     "many latents": dict(num_latents=96),
     "no latents": dict(num_latents=0),
     "qwen2": dict(self_attention="qwen2"),

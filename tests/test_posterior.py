@@ -926,6 +926,18 @@ def test_targets_are_found_once(model, ids, pad_rows, monkeypatch, sharded):
         assert torch.equal(getattr(actual, name), getattr(expected, name))
 
 
+def test_layers_before_the_first_that_reads_latents_run_once(make_model, ids):
+    options = dict(num_hidden_layers=3, num_latents=2, cross_attention_layers=[1])
+    calls, model = [], make_model(**options)
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: calls.append(index))
+    actual = model.infer_posterior(ids, num_inference_steps=4)
+    assert calls == [0, 1, 2, 1, 2, 1, 2, 1, 2]
+    naive = make_model(**options)
+    naive.lm_head.weight.ds_status = "as DeepSpeed marks it"  # which keeps nothing between steps
+    same_posterior(actual, naive.infer_posterior(ids, num_inference_steps=4))
+
+
 def test_a_prelude_is_of_one_batch(model, ids):
     """Other labels in the next call of inference."""
     labels = ids.masked_fill(torch.arange(12) < 6, -100)

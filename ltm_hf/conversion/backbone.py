@@ -135,8 +135,8 @@ def from_pretrained_backbone(
             raise ValueError(f"The backbone {problem}: {', '.join(sorted(names))}.")
 
     if num_latents:
-        for layer in model.model.layers:
-            nn.init.zeros_(layer.cross_attn.o_proj.weight)
+        for number in model.config.reading_layers:
+            nn.init.zeros_(model.model.layers[number].cross_attn.o_proj.weight)
     if isinstance(given, PreTrainedModel):
         model = model.to(given.device)
         if getattr(given, "generation_config", None) is not None:

@@ -94,12 +94,12 @@ def progressive_inclusion(
     result = settings_of(model, num_inference_steps, seed)
     check_blocks(blocks, least_tokens=2)
     posterior = infer_posteriors(model, blocks, batch_size, num_inference_steps, seed, progress)
-    layers = range(model.config.num_hidden_layers + 1)
+    layers = [0, *(layer + 1 for layer in model.config.reading_layers)]
     found = {name: [[] for _ in layers] for name in ACCURACIES}
     with evaluating(model):
         for rows, input_ids, mask in batches(blocks, batch_size, model.device, "Rebuilding" if progress else None):
             mean = posterior.mean[rows].to(model.device)
-            variants = [include_layers(mean, layer) for layer in layers]
+            variants = [include_layers(mean, count) for count in range(len(layers))]
             for layer, accuracy in enumerate(token_accuracy(model, input_ids, variants, mask)):
                 for name in ACCURACIES:
                     found[name][layer].append(accuracy[name].cpu())
@@ -107,7 +107,7 @@ def progressive_inclusion(
     return {
         **result,
         "num_blocks": len(blocks),
-        "layers": list(layers),
+        "layers": layers,
         **{name: [figure(values) for values in by_layer] for name, by_layer in found.items()},
         "gain": {name: [figure(values - by_layer[0]) for values in by_layer] for name, by_layer in found.items()},
     }
@@ -420,7 +420,7 @@ def _recorded_additions(model):
     def compare(module, inputs, output):
         sizes.append(output.float().norm(dim=-1) / stream["before"].float().norm(dim=-1))
 
-    for layer in model.model.layers:
+    for layer in (model.model.layers[number] for number in model.config.reading_layers):
         handles.append(layer.cross_attention_layernorm.register_forward_pre_hook(remember))
         handles.append(layer.cross_attention_gate.register_forward_hook(compare))
     try:
@@ -485,6 +485,7 @@ def cross_attention(
         "num_blocks": len(blocks),
         "tokens": [tokenizer.decode([token]) for token in tokens],
         "weights": shown.tolist(),
+        "layers": [layer + 1 for layer in model.config.reading_layers],
         "entropy": [figure(layer) for layer in torch.cat(entropies).unbind(dim=1)],
         "max_entropy": math.log(model.config.latents_per_layer),
         "addition": [figure(layer) for layer in torch.cat(additions).unbind(dim=1)],
@@ -494,8 +495,8 @@ def cross_attention(
 def cross_attention_markdown(result: dict) -> str:
     """A table of `cross_attention`: a row for each layer."""
     rows = [["layer", "entropy, nats", "latents add to the residual stream, % of its length"]]
-    for index, (entropy, addition) in enumerate(zip(result["entropy"], result["addition"], strict=True)):
-        rows.append([str(index + 1), written(entropy, 4), written(addition, 2, 100)])
+    for layer, entropy, addition in zip(result["layers"], result["entropy"], result["addition"], strict=True):
+        rows.append([str(layer), written(entropy, 4), written(addition, 2, 100)])
     return (
         f"{markdown_rows(rows)}\n\nLooking at all of a layer's latents alike has entropy {result['max_entropy']:.4f}. "
         "Attention sums to 1 whatever the latents carry: the last column says how much comes of it. "

@@ -94,7 +94,7 @@ def plot_cross_attention(result: dict, path: str | Path) -> None:
         image = axes.imshow(list(zip(*weights, strict=True)), aspect="auto", vmin=0, vmax=1, cmap="viridis")
         entropy, addition = result["entropy"][index], result["addition"][index]
         axes.set_title(
-            f"layer {index + 1}: entropy {entropy['value']:.3f} of at most {result['max_entropy']:.3f} nats; "
+            f"layer {result['layers'][index]}: entropy {entropy['value']:.3f} of at most {result['max_entropy']:.3f} nats; "
             f"adds {100 * addition['value']:.1f} % to the residual stream",
             fontsize=9,
         )

@@ -172,6 +172,9 @@ def _architecture(config) -> dict[str, str]:
     }
     if config.num_latents:
         facts["latent vectors"] = f"{config.num_latents} ({config.latents_per_layer} a layer)"
+        if config.cross_attention_layers is not None:
+            facts["layers that read latents"] = ", ".join(str(layer + 1) for layer in config.reading_layers)
+        facts["rotary positions of the latents"] = "yes" if config.cross_attention_rotary else "no"
         facts["embeddings of the latents"] = "no" if config.latent_embedding_std is None else "yes"
         facts["gate on the cross-attention"] = "no" if config.cross_attention_gate_init is None else "yes"
     return facts
