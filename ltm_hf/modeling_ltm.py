@@ -385,13 +385,13 @@ class LTMModel(LTMPreTrainedModel):
             if prelude is not None:
                 prelude.inputs = hidden_states, shared
         given = latents if latent_key_values is None else latent_key_values
-        of_layers = dict(zip(self.config.reading_layers, () if given is None else given.unbind(dim=1)))
-        first = min(of_layers, default=0)
+        reading = [] if given is None else self.config.reading_layers
+        first = min(reading, default=0)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer: early exit, a draft
             before = prelude is not None and index < first  # nothing there depends on latents
             if before and prelude.hidden_states is not None:
                 continue
-            read = of_layers.get(index)
+            read = given[:, reading.index(index)] if index in reading else None
             with torch.no_grad() if before else nullcontext():
                 hidden_states = layer(
                     hidden_states,

@@ -92,9 +92,9 @@ def plot_cross_attention(result: dict, path: str | Path) -> None:
     panels = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
     for index, (axes, weights) in enumerate(zip(panels, layers, strict=True)):
         image = axes.imshow(list(zip(*weights, strict=True)), aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        entropy, addition = result["entropy"][index], result["addition"][index]
+        layer, entropy, addition = (result[name][index] for name in ("layers", "entropy", "addition"))
         axes.set_title(
-            f"layer {result['layers'][index]}: entropy {entropy['value']:.3f} of at most {result['max_entropy']:.3f} nats; "
+            f"layer {layer}: entropy {entropy['value']:.3f} of at most {result['max_entropy']:.3f} nats; "
             f"adds {100 * addition['value']:.1f} % to the residual stream",
             fontsize=9,
         )
