@@ -35,6 +35,13 @@ class DualRateArguments:
             "likely, for one model that serves every number; default: always num_inference_steps."
         },
     )
+    inference_start_ratio: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training steps after which latents are inferred; until then the decoder learns at "
+            "z = 0, at the cost of one without latents."
+        },
+    )
     inference_learning_rate: float | None = field(
         default=None, metadata={"help": "Step size of inference when training starts; default: the model's."}
     )
@@ -110,6 +117,8 @@ class DualRateArguments:
             raise ValueError(f"num_inference_steps must be 0 or more, got {self.num_inference_steps}.")
         if self.num_inference_steps_min is not None and self.num_inference_steps_min < 0:
             raise ValueError(f"num_inference_steps_min must be 0 or more, got {self.num_inference_steps_min}.")
+        if not 0 <= self.inference_start_ratio < 1:
+            raise ValueError(f"inference_start_ratio must be at least 0 and below 1, got {self.inference_start_ratio}.")
         if self.kl_annealing_steps < 0:
             raise ValueError(f"kl_annealing_steps must be 0 or more, got {self.kl_annealing_steps}.")
         for name in ("inference_learning_rate", "inference_learning_rate_end", "muon_learning_rate"):
@@ -156,8 +165,9 @@ class DualRateArguments:
         """FLOPs a token of a step of training, fast loop included, on average (see `flops.training_flops`)."""
         config = copy.deepcopy(config)
         least, config.num_inference_steps = self.inference_steps(config)
-        flops = training_flops(config, sequence_length)
-        return flops.step(self.fast_cost * (least + config.num_inference_steps) / 2, self.slow_passes(config))
+        flops, start = training_flops(config, sequence_length), self.inference_start_ratio
+        fast = self.fast_cost * (least + config.num_inference_steps) / 2
+        return start * flops.step(0) + (1 - start) * flops.step(fast, self.slow_passes(config))
 
 
 @dataclass

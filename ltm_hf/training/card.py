@@ -225,6 +225,8 @@ def _recipe(config, arguments) -> dict[str, str]:
         facts["inference steps (fast)"] = f"{drawn}{most}"
         facts["inference step size"] = f"{start:g}" if end == start else f"{start:g} to {end:g}, linear over training"
         facts["slow gradient"] = arguments.slow_gradient
+        if arguments.inference_start_ratio:
+            facts["first learned at z = 0"] = f"{100 * arguments.inference_start_ratio:g} % of the steps"
     return facts
 
 
@@ -246,8 +248,9 @@ def _cost(config, arguments, sequence_length: int, num_tokens: int | None) -> di
         facts["training step in the paper's account"] = _flops(paper)
     else:
         facts["training step"] = _flops(training)
-    known = num_tokens is not None and arguments is not None
-    return facts | {"whole run (not a token)": _flops(training * num_tokens) if known else None}
+    if num_tokens is None or arguments is None:
+        return facts | {"whole run (not a token)": None}
+    return facts | {"whole run (not a token)": _flops(arguments.step_flops(config, sequence_length) * num_tokens)}
 
 
 def _count(number: int | None) -> str | None:

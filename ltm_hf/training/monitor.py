@@ -141,7 +141,8 @@ class Monitor(TrainerCallback):
         if not state.is_world_process_zero:
             return
         before = [entry["loss"] for entry in state.log_history[-3 * WINDOW[1] : -1] if "loss" in entry]
-        warmed_up = state.global_step > args.get_warmup_steps(state.max_steps)
+        start = max(args.get_warmup_steps(state.max_steps), args.inference_start_ratio * state.max_steps)
+        warmed_up = state.global_step > start
         for cause, message in diagnose(logs, before, warmed_up).items():
             if cause not in self._warned:
                 self._warned.add(cause)

@@ -113,6 +113,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                     "inference_method='amortized' trains its encoder outside the forward pass that FSDP and DeepSpeed "
                     "know: use one process or DDP."
                 )
+            if self.args.inference_start_ratio:
+                raise ValueError("With inference_method='amortized' latents start with kl_annealing_steps.")
         elif config.num_latents and self.args.kl_annealing_steps:
             raise ValueError("kl_annealing_steps is for inference_method='amortized'.")
         least, _ = self.args.inference_steps(config)
@@ -166,7 +168,9 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             self._since = (self.state.global_step, time.perf_counter())
         self._sums["tokens"] += self._num_scored(inputs).sum().item()
         decoder = self.accelerator.unwrap_model(model, keep_torch_compile=True).train()
-        if self._unrolls:
+        if decoder.config.num_latents and not self._infers:
+            thoughts = [torch.zeros(len(inputs["input_ids"]), *decoder.config.latent_shape, device=self.args.device)]
+        elif self._unrolls:
             share = random.Random(self._seed(self.state.global_step + 1)).uniform(0.25, 0.75)
             prefix, rest = split_labels(**self._sequences(inputs), share=share)
             thoughts, inputs = self._think(decoder, {**inputs, "labels": prefix}), {**inputs, "labels": rest}
@@ -309,6 +313,11 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
     @property
     def _unrolls(self) -> bool:
         return self.args.slow_gradient == "unrolled" and bool(self.model.config.num_latents)
+
+    @property
+    def _infers(self) -> bool:
+        """Whether this step of training has a fast loop."""
+        return self.state.global_step >= self.args.inference_start_ratio * self.state.max_steps
 
     def _num_scored(self, inputs) -> torch.Tensor:
         """(B,)"""

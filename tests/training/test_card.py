@@ -177,6 +177,16 @@ def test_cost_of_gradients_through_inference(tmp_path, arguments):
     assert cost["training step: 1 of inference, 1 of learning"] == f"{step / 1e6:.2f} M"
 
 
+def test_cost_of_a_run_that_begins_without_inference(tmp_path, arguments):
+    arguments.num_inference_steps, arguments.inference_start_ratio = 4, 0.25
+    card = full_card(tmp_path, arguments)
+    (_, training), (_, cost) = section(card, "Training"), section(card, "Cost")
+    flops = training_flops(preset_config("ltm-small", num_inference_steps=4), 512)
+    assert training["first learned at z = 0"] == "25 % of the steps"
+    assert cost["training step: 4 of inference, 1 of learning"] == f"{flops.training_step / 1e6:.2f} M"
+    assert cost["whole run (not a token)"] == f"{(3 * flops.fast_step + flops.slow_step) / 1e6:.2f} P"
+
+
 def test_cost_where_inference_steps_are_drawn(tmp_path, arguments):
     arguments.num_inference_steps, arguments.num_inference_steps_min = 4, 1
     card = full_card(tmp_path, arguments)

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from ltm_hf import LTMConfig, LTMForCausalLM, elbo
 from ltm_hf.flops import training_flops
-from ltm_hf.posterior_ltm import infer_posterior
+from ltm_hf.posterior_ltm import infer_posterior, negative_log_likelihood
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
 
 BLOCK = 16
@@ -193,6 +193,33 @@ def test_number_of_inference_steps_is_drawn(make_trainer, monkeypatch):
         make_trainer(make_model(), make_blocks(4), num_inference_steps_min=-1)
 
 
+@pytest.mark.parametrize("slow_gradient", ["final", "trajectory", "unrolled"])
+def test_first_steps_learn_at_zero(make_trainer, monkeypatch, slow_gradient):
+    """Without a fast loop, from the exact loss of a decoder that reads latents of zero."""
+    model = make_model(latent_embedding_std=1.0)
+    settings = dict(max_steps=4, logging_steps=1, inference_start_ratio=0.5, slow_gradient=slow_gradient)
+    trainer = make_trainer(model, make_blocks(16), **settings)
+    (batch, *_), thinks = trainer.get_train_dataloader(), []
+    with torch.no_grad():
+        nll = negative_log_likelihood(model, batch["input_ids"], torch.zeros(len(batch["input_ids"]), 2, 2, 32))
+    monkeypatch.setattr(
+        trainer, "_think", lambda *a, of=trainer._think: thinks.append(trainer.state.global_step) or of(*a)
+    )
+    trainer.train()
+    assert thinks == [2, 3]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["kl"] > 0 for entry in logs] == [False, False, True, True]
+    assert logs[0]["bound"] == logs[0]["loss"] == pytest.approx(nll.sum().item() / (len(nll) * (BLOCK - 1)), abs=1e-4)
+
+
+def test_a_start_of_inference_that_cannot_work(make_trainer):
+    for ratio in (-0.1, 1, float("nan")):
+        with pytest.raises(ValueError, match="inference_start_ratio must be at least 0 and below 1"):
+            make_trainer(make_model(), make_blocks(4), inference_start_ratio=ratio)
+    with pytest.raises(ValueError, match="latents start with kl_annealing_steps"):
+        make_trainer(make_model(inference_method="amortized"), make_blocks(4), inference_start_ratio=0.5)
+
+
 def test_flops_of_a_step(make_arguments):
     """On average over the numbers of steps that are drawn; the decoder learns from each of a trajectory."""
     config = make_model(num_inference_steps=3).config
@@ -200,7 +227,9 @@ def test_flops_of_a_step(make_arguments):
     assert make_arguments().step_flops(config, BLOCK) == 3 * cost.fast_step + cost.slow_step
     drawn = make_arguments(num_inference_steps_min=1)
     assert drawn.step_flops(config, BLOCK) == 2 * cost.fast_step + cost.slow_step
-    drawn.slow_gradient = "trajectory"
+    drawn.inference_start_ratio = 0.25
+    assert drawn.step_flops(config, BLOCK) == 1.5 * cost.fast_step + cost.slow_step
+    drawn.inference_start_ratio, drawn.slow_gradient = 0.0, "trajectory"
     assert drawn.step_flops(config, BLOCK) == 2 * cost.fast_step + 3 * cost.slow_step
     twin = make_model(num_latents=0).config
     assert drawn.step_flops(twin, BLOCK) == training_flops(twin, BLOCK).slow_step
