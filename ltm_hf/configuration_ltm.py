@@ -30,7 +30,7 @@ class InferenceSettings:
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "inference_method": tuple(_STEP_SIZES),
-        "inference_optimizer": ("natural", "lbfgs", "adamw"),
+        "inference_optimizer": ("natural", "lbfgs", "map", "adamw"),
         "inference_lr_schedule": ("constant", "cosine", "inverse"),
         "inference_precision": ("stein", "unit"),
         "inference_noise": ("fresh", "fixed"),
@@ -103,12 +103,13 @@ class LTMConfig(PreTrainedConfig):
             sample by Langevin dynamics from the prior: a point, which has no finite bound. "amortized" builds an
             encoder into the model, trained with the decoder as a VAE: no steps, and no other setting matters.
         num_inference_steps: gradient steps on the ELBO (T_fast), or of the chain; 0 leaves the posterior at its start.
-        inference_learning_rate: step size: ρ for "natural", the first step's for "lbfgs", η_fast for "adamw", all 0.5
-            by default; s for "langevin", 0.1, which stays the same. A chain has forgotten its start when s·T is well
-            above 1.
+        inference_learning_rate: step size: ρ for "natural" and "map", the first step's for "lbfgs", η_fast for "adamw",
+            all 0.5 by default; s for "langevin", 0.1, which stays the same. A chain has forgotten its start when s·T is
+            well above 1.
       Of "variational" alone:
         inference_optimizer: "natural" (natural gradient from the prior), "lbfgs" (to the mode, without noise: the
-            best bound in two to four steps, of a decoder that has learned with another) or "adamw" (the paper).
+            best bound in two to four steps, of a decoder that has learned with another), "map" (plain steps of the mean
+            alone: for a decoder that has learned with `slow_gradient="unrolled"`) or "adamw" (the paper).
         inference_lr_schedule: "constant"; "cosine" (to a tenth); "inverse" (ρ / (1 + ρ t)).
         inference_weight_decay: of "adamw" on mean and log-variance.
         inference_precision: "stein" updates the precision of "natural" by the Stein estimate; "unit" holds it at 1.

@@ -101,7 +101,7 @@ class LatentPosterior:
         samples are the mean, and the KL is infinite.
     elbo_trace: (T, B), the ELBO in nats at each inference step, with the noise of that step, or None. For "fixed"
         noise this is the objective of the fit and not a bound; score with `elbo`, whose noise no fit has seen. Nor is
-        that of "lbfgs", at the mean. Of Langevin dynamics it is log p(x, z), less the prior's constant.
+        that of "lbfgs" and "map", at the mean. Of Langevin dynamics it is log p(x, z), less the prior's constant.
     keys: (B,) int64, what identifies the sequences to the noise; None numbers the rows.
     num_non_finite: sequences whose objective turned non-finite, and which kept their best finite posterior.
     """
@@ -431,6 +431,22 @@ def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).sum(dim=1, keepdim=True)
 
 
+class MAPInference:
+    """Steps of the mean alone, at precision 1 and without noise: mean ← mean - ρ (mean + g), towards the mode.
+
+    Through these steps `slow_gradient="unrolled"` trains. Nothing bounds them, and the variance stays where it starts:
+    the mean of such a decoder predicts well, and the bound needs another optimiser.
+    """
+
+    at_mean = True
+
+    def __init__(self, mean: torch.Tensor, log_variance: torch.Tensor, settings: InferenceSettings):
+        self.mean, self.log_variance = mean, log_variance
+
+    def update(self, gradient, epsilon, step_size):
+        self.mean = self.mean - step_size * (self.mean + gradient)
+
+
 class LangevinInference:
     """Unadjusted Langevin dynamics: z ← z - s (z + g) + √(2s) ε, whose law tends to p(z|x) as s → 0 and s·T → ∞.
 
@@ -448,6 +464,7 @@ INFERENCE_OPTIMIZERS: dict[str, Callable[..., InferenceOptimizer]] = {
     "adamw": AdamWInference,
     "natural": NaturalInference,
     "lbfgs": LBFGSInference,
+    "map": MAPInference,
 }
 
 
@@ -688,7 +705,7 @@ def infer_posterior(
     seed: default 0. Noise is a function of (seed, the sequence's tokens, step): a sequence gets the same posterior
         alone, in any batch, padded on either side. torch's generators are left alone.
     initial_posterior: where to start. epsilon: (B, L, N, D) noise for all steps, or (T, B, L, N, D), one for each;
-        "lbfgs" has no use for any.
+        "lbfgs" and "map" have no use for any.
     callback: called after each step with (step, the step's latents (B, L, N, D), its ELBO (B,)).
 
     The decoder is frozen: no weight gradient is computed, `param.grad` is untouched. Works inside `torch.no_grad` and

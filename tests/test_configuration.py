@@ -62,7 +62,7 @@ def test_rope_theta_is_folded_in():
         (dict(inference_learning_rate=float("nan")), "inference_learning_rate.*finite"),
         (dict(inference_learning_rate=float("inf")), "inference_learning_rate.*finite"),
         (dict(inference_weight_decay=-0.1), "inference_weight_decay"),
-        (dict(inference_optimizer="sgd"), "inference_optimizer.*natural, lbfgs, adamw.*sgd"),
+        (dict(inference_optimizer="sgd"), "inference_optimizer.*natural, lbfgs, map, adamw.*sgd"),
         (dict(inference_lr_schedule="linear"), "inference_lr_schedule.*constant, cosine, inverse.*linear"),
         (dict(inference_precision="full"), "inference_precision.*stein, unit.*full"),
         (dict(inference_noise="none"), "inference_noise.*fresh, fixed.*none"),

@@ -25,6 +25,7 @@ SETTINGS = {
     "natural": dict(inference_optimizer="natural"),
     "adamw": dict(inference_optimizer="adamw", inference_learning_rate=0.3),
     "lbfgs": dict(inference_optimizer="lbfgs"),
+    "map": dict(inference_optimizer="map", inference_learning_rate=0.05),
 }
 ALL_OPTIMIZERS = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 THOSE_THAT_DRAW = pytest.mark.parametrize(
@@ -264,11 +265,24 @@ def test_an_optimizer_of_one_s_own(model, ids, make_noise, monkeypatch):
     assert model.config.__class__(inference_optimizer="downhill").inference_optimizer == "downhill"
 
 
-def test_lbfgs_takes_no_noise(model, ids, make_noise):
-    settings = SETTINGS["lbfgs"]
+@pytest.mark.parametrize("name", ["lbfgs", "map"])
+def test_the_mode_takes_no_noise(model, ids, make_noise, name):
+    settings = SETTINGS[name]
     same_posterior(model.infer_posterior(ids, **settings), model.infer_posterior(ids, seed=3, **settings), 0)
     given = model.infer_posterior(ids, epsilon=make_noise(3, *SHAPE), **settings)
     same_posterior(given, model.infer_posterior(ids, **settings), 0)
+
+
+def test_map_by_hand(model, ids):
+    """Two steps of the mean, at the mean; the variance is the prior's."""
+    mean = torch.zeros(3, *SHAPE)
+    for rate in (0.05, 0.05 / 1.05):
+        mean = mean.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(naive_nll(model, ids, mean).sum(), mean)
+        mean = mean - rate * (mean + gradient)
+    fitted = model.infer_posterior(ids, num_inference_steps=2, **SETTINGS["map"])
+    close(fitted.mean, mean)
+    assert not fitted.log_variance.any()
 
 
 def test_one_noise_for_all_steps(model, ids, make_noise):
@@ -742,7 +756,7 @@ def test_methods_are_the_functions(model, ids):
         (dict(inference_learning_rate=-1.0), "inference_learning_rate.*positive"),
         (dict(inference_learning_rate=float("nan")), "inference_learning_rate.*finite"),
         (dict(inference_learning_rate=float("inf")), "inference_learning_rate.*finite"),
-        (dict(inference_optimizer="sgd"), "inference_optimizer.*natural, lbfgs, adamw.*sgd"),
+        (dict(inference_optimizer="sgd"), "inference_optimizer.*natural, lbfgs, map, adamw.*sgd"),
         (dict(inference_lr_schedule="linear"), "inference_lr_schedule.*constant.*linear"),
         (dict(inference_precision="full"), "inference_precision.*stein.*full"),
         (dict(inference_weight_decay=-1.0), "inference_weight_decay"),

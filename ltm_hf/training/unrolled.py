@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..configuration_ltm import InferenceSettings
-from ..posterior_ltm import IGNORED, LatentPosterior, negative_log_likelihood, scored_tokens, step_size
+from ..posterior_ltm import IGNORED, LatentPosterior, MAPInference, negative_log_likelihood, scored_tokens, step_size
 
 
 def split_labels(
@@ -31,10 +31,10 @@ def unrolled_posterior(
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
 ) -> tuple[LatentPosterior, torch.Tensor]:
-    """N(m, I), m ← m - ρ_t (m + ∂NLL/∂m) T times from 0: `NaturalInference` at precision 1, no noise and no bounds.
+    """What `infer_posterior` gives with inference_optimizer="map" from z = 0.
 
-    The model's weights learn, and their gradient goes through the steps, as in MAML (Finn et al. 2017). ρ_t is as the
-    model's schedule has it. Returns with it the nats of all scored tokens at z = 0, where the steps begin.
+    The model's weights learn, and their gradient goes through the steps, as in MAML (Finn et al. 2017). Step sizes are
+    as the model's schedule has them. Returns with it the nats of all scored tokens at z = 0, where the steps begin.
     """
     settings = InferenceSettings.of(
         model.config, num_inference_steps=num_inference_steps, inference_learning_rate=inference_learning_rate
@@ -45,11 +45,11 @@ def unrolled_posterior(
     given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
     given = {name: None if tensor is None else tensor[:, :width] for name, tensor in given.items()}
     mean = torch.zeros(len(input_ids), *model.config.latent_shape, device=input_ids.device, requires_grad=True)
-    trace = []
+    optimizer, trace = MAPInference(mean, torch.zeros_like(mean), settings), []
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
         for step in range(num_inference_steps):
-            nll = negative_log_likelihood(model, **given, latents=mean)
+            nll = negative_log_likelihood(model, **given, latents=optimizer.mean)
             trace.append(nll)
-            (gradient,) = torch.autograd.grad(nll.sum(), mean, create_graph=True)
-            mean = mean - step_size(settings, step) * (mean + gradient)
-    return LatentPosterior(mean, torch.zeros_like(mean), -torch.stack(trace).detach()), trace[0].sum()
+            (gradient,) = torch.autograd.grad(nll.sum(), optimizer.mean, create_graph=True)
+            optimizer.update(gradient, None, step_size(settings, step))
+    return LatentPosterior(optimizer.mean, optimizer.log_variance, -torch.stack(trace).detach()), trace[0].sum()
