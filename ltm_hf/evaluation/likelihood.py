@@ -36,6 +36,7 @@ DESCRIPTIONS = {
     "no_latents": "exact loss without latents",
     "prior": "NLL given latents drawn from the prior: thoughts about nothing",
     "from_prompt": "exact loss of the scored tokens, latents from the prompt before them only",
+    "reinfer": "exact loss of a predictor that infers its latents from all before, anew after every so many tokens",
     "prefix": "exact loss of what follows a prefix, latents from that prefix only; compare with an AR model's",
     "prefix_mixture": "exact loss of the same tokens by a mixture of so many samples of q(z | prefix)",
     "prefix_no_latents": "exact loss of the same tokens, without latents",
@@ -182,10 +183,10 @@ def score_blocks(
     """What `evaluate_likelihood` pools, to be compared block by block; its arguments."""
     if not len(blocks):
         raise ValueError("There is no block to evaluate on.")
-    single = set(DESCRIPTIONS) - {"iw", "prefix_mixture", "from_prompt"}
+    single = set(DESCRIPTIONS) - {"iw", "reinfer", "prefix_mixture", "from_prompt"}
     for name in figures:
-        if not re.fullmatch("|".join([*single, r"(iw|prefix_mixture)-[1-9]\d*"]), name):
-            others = "prior, iw-K and prefix_mixture-K"
+        if not re.fullmatch("|".join([*single, r"(iw|reinfer|prefix_mixture)-[1-9]\d*"]), name):
+            others = "prior, iw-K, reinfer-K and prefix_mixture-K"
             raise ValueError(f"There is no figure {name!r}; there are {', '.join(DEFAULT)}, {others}.")
     if not getattr(model.config, "num_latents", 0):
         figures = [name for name in EXACT if name in figures]
@@ -369,6 +370,19 @@ class _Batch:
 
     def prefix(self):
         return self.nll_given(self.of_prefix.mean, after_prefix=True)
+
+    def reinfer(self, every):
+        """As `generate(reinfer_every=K)` from the begin-of-text token reads this text; the first K tokens at z = 0."""
+        mask = torch.ones_like(self.input_ids) if self.mask is None else self.mask
+        positions, nats = torch.arange(self.input_ids.shape[1], device=mask.device), 0
+        for start in range(1, len(positions), every):
+            before, read = slice(start), slice(start + every)
+            posterior = infer_posterior(self.model, self.input_ids[:, before], mask[:, before], **self.settings)
+            labels = self.input_ids.masked_fill((positions < start) | (mask == 0), IGNORED)
+            nats += negative_log_likelihood(
+                self.model, self.input_ids[:, read], posterior.mean, mask[:, read], labels[:, read]
+            )
+        return nats
 
     def prefix_mixture(self, num_samples):
         samples = (self.of_prefix.scoring_sample(number, self.settings["seed"]) for number in range(num_samples))

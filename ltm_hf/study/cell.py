@@ -111,6 +111,7 @@ def score_model(model, data: Data, scoring: Scoring) -> dict[str, dict[str, list
 
     Figures: `exact` and `prefix_exact` of the decoder without latents; and by the number of inference steps, as in
     "bound@32": `bound`, `kl` (its second part) and `prefix`, after `scoring.at` steps `iw` and `mixture` as well.
+    `reinfer` is by as many steps as the model trains with.
     """
     scores = {}
 
@@ -129,4 +130,6 @@ def score_model(model, data: Data, scoring: Scoring) -> dict[str, dict[str, list
             predictions["mixture"] = f"prefix_mixture-{scoring.mixture_samples}"
         add(data.blocks, bounds, steps)
         add(data.following, predictions, steps)
+    if model.config.num_latents:
+        add(data.blocks, {"reinfer": f"reinfer-{scoring.reinfer_every}"})
     return scores

@@ -51,7 +51,8 @@ class Scoring:
     """How a trained model is scored, on held-out documents.
 
     blocks: so many of them, drawn. steps: inference steps at test time. at: those of the two mixtures, which have
-    `importance_samples` (a bound) and `mixture_samples` (of the prefix loss).
+    `importance_samples` (a bound) and `mixture_samples` (of the prefix loss). reinfer_every: tokens, of a predictor that
+    infers anew after as many, by the model's own steps.
     """
 
     blocks: int = 128
@@ -59,6 +60,7 @@ class Scoring:
     at: int = 32
     importance_samples: int = 64
     mixture_samples: int = 16
+    reinfer_every: int = 32
     batch_size: int = 16
 
     @property

@@ -48,7 +48,8 @@ def in_words(study: Study, cells: Cells) -> str:
         f"Nats a token of held-out blocks. loss: exact, or for a model with latents the bound with fresh noise after "
         f"{about.at} inference steps; iw: importance-weighted bound, {about.importance_samples} samples; prefix: exact "
         f"loss of what follows a prefix, latents from the prefix alone; mixture: the same by {about.mixture_samples} "
-        f"samples of them. Differences are from {study.reference}, block by block, ± standard error over documents ± "
+        f"samples of them; reinfer: exact loss of all tokens, latents from all before, anew every {about.reinfer_every} "
+        f"tokens, by as many steps as in training. Differences are from {study.reference}, block by block, ± standard error over documents ± "
         f"over seeds. MFLOPs and ms (of this run, whatever else the machine did) are of training, a token and a step."
     ]
     for setting in study.settings:
@@ -83,21 +84,22 @@ def _figures(cells: Seeds) -> dict:
 
 def _costs(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str:
     at, reference = study.scoring.at, by_model.get(study.reference)
-    head = "model seeds parameters MFLOPs steps ms loss difference kl iw prefix difference mixture"
+    head = "model seeds parameters MFLOPs steps ms loss difference kl iw reinfer difference prefix difference mixture"
     rows = [head.split()]
     for name in names:
         cells, other = by_model[name], None if name == study.reference else reference
         one, known = next(iter(cells.values())), _figures(cells)
         bound, prefix = (f"bound@{at}", f"prefix@{at}") if f"bound@{at}" in known else ("exact", "prefix_exact")
         figures = {figure: f"{estimate(cells, figure).value:.4f}" for figure in known}
-        bound_above, prefix_above = (
-            "" if other is None else str(estimate(cells, figure, other, exact))
-            for figure, exact in ((bound, "exact"), (prefix, "prefix_exact"))
+        bound_above, reinfer_above, prefix_above = (
+            "" if other is None or figure not in known else str(estimate(cells, figure, other, exact))
+            for figure, exact in ((bound, "exact"), ("reinfer", "exact"), (prefix, "prefix_exact"))
         )
         costs = [str(len(cells)), f"{one['parameters']:,}", f"{one['flops'] / 1e6:.2f}", f"{one['steps']:,}"]
         costs.append(f"{1000 * statistics.median(cell['seconds'] for cell in cells.values()):.0f}")
         losses = [figures[bound], bound_above, figures.get(f"kl@{at}", ""), figures.get("iw", "")]
-        rows.append([name, *costs, *losses, figures[prefix], prefix_above, figures.get("mixture", "")])
+        exactly = [figures.get("reinfer", ""), reinfer_above, figures[prefix], prefix_above]
+        rows.append([name, *costs, *losses, *exactly, figures.get("mixture", "")])
     return markdown_rows(rows)
 
 

@@ -35,10 +35,10 @@ def blocks():
 
 
 def token_losses(model, ids, latents=None):
-    """Nats of tokens 1 … LENGTH - 1 of one block, with log-softmax written out."""
+    """Nats of the tokens of one block after the first, with log-softmax written out."""
     with torch.no_grad():
         logits = model(ids[None], latents=latents).logits[0, :-1]
-    return -torch.log_softmax(logits, dim=-1)[torch.arange(LENGTH - 1), ids[1:]]
+    return -torch.log_softmax(logits, dim=-1)[torch.arange(len(ids) - 1), ids[1:]]
 
 
 def test_figures_against_their_definitions(model, blocks):
@@ -93,6 +93,21 @@ def test_mixture_of_the_prefix_averages_probabilities(model, blocks):
     assert single.mean("prefix_mixture-1")[0] != single.mean("prefix")[0]  # a sample, not the mean
     with pytest.raises(ValueError, match="There is no figure 'prefix_mixture-0'"):
         score_blocks(model, blocks, figures=["prefix_mixture-0"])
+
+
+@pytest.mark.parametrize("every", [1, 5, LENGTH])
+def test_a_predictor_that_infers_anew(model, blocks, every):
+    """Each token given latents of all that came before its part of the text; of the first part, latents of zero."""
+    short = [*blocks[:2], {"input_ids": blocks[2]["input_ids"][: LENGTH - 3]}]  # padded
+    scores = score_blocks(model, short, 3, num_inference_steps=2, progress=False, figures=[f"reinfer-{every}"])
+    for block, nats in zip(short, scores.nats[f"reinfer-{every}"].tolist(), strict=True):
+        ids, wanted = torch.tensor(block["input_ids"]), 0.0
+        for place in range(1, len(ids)):
+            known = 1 + (place - 1) // every * every
+            thought = infer_posterior(model, ids[None, :known], num_inference_steps=2).mean
+            assert known > 1 or not thought.any()
+            wanted += token_losses(model, ids, thought)[place - 1].item()
+        assert nats == pytest.approx(wanted, rel=1e-5)
 
 
 def test_standard_error_is_over_blocks(model, blocks):
