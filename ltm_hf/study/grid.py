@@ -51,8 +51,8 @@ class Scoring:
     """How a trained model is scored, on held-out documents.
 
     blocks: so many of them, drawn. steps: inference steps at test time. at: those of the two mixtures, which have
-    `importance_samples` (a bound) and `mixture_samples` (of the prefix loss). reinfer_every: tokens, of a predictor that
-    infers anew after as many, by the model's own steps.
+    `importance_samples` (a bound) and `mixture_samples` (of the prefix loss). reinfer_every: tokens after which a
+    predictor infers anew, by as many steps as it trains with.
     """
 
     blocks: int = 128
