@@ -47,10 +47,11 @@ def in_words(study: Study, cells: Cells) -> str:
     parts = [
         f"Nats a token of held-out blocks. loss: exact, or for a model with latents the bound with fresh noise after "
         f"{about.at} inference steps; iw: importance-weighted bound, {about.importance_samples} samples; prefix: exact "
-        f"loss of what follows a prefix, latents from it alone; mixture: the same by {about.mixture_samples} "
-        f"samples of them; reinfer: exact loss of all tokens, latents from all before, anew every {about.reinfer_every} "
-        f"tokens, by as many steps as in training. Differences are from {study.reference}, block by block, ± standard error over documents ± "
-        f"over seeds. MFLOPs and ms (of this run, whatever else the machine did) are of training, a token and a step."
+        f"loss of what follows a prefix, latents from it alone; mixture: the same, {about.mixture_samples} samples; "
+        f"reinfer: exact loss of all tokens, latents from all before, anew every {about.reinfer_every} tokens, by as "
+        f"many steps as in training. Differences are from {study.reference}, block by block, ± standard error over "
+        f"documents ± over seeds. MFLOPs and ms (of this run, whatever else the machine did) are of training, a token "
+        f"and a step."
     ]
     for setting in study.settings:
         by_model = _by_model(study, cells, setting)
