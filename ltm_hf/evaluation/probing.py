@@ -367,6 +367,7 @@ def latent_usage(
         **result,
         "num_blocks": len(blocks),
         "kl": [[figure(latent) for latent in layer.unbind(dim=1)] for layer in kl.unbind(dim=1)],
+        "layers": [layer + 1 for layer in model.config.reading_layers],
         "kl_by_layer": [figure(layer) for layer in kl.sum(dim=2).unbind(dim=1)],
         "kl_total": figure(posterior.kl_divergence()),
         "kl_per_token": figure(posterior.kl_divergence() / num_tokens),
@@ -384,7 +385,9 @@ def latent_usage_markdown(result: dict) -> str:
     rows = [["layer", "KL, nats a block", "of which each latent", f"active units, each latent's of {channels}"]]
     for index, (layer, total) in enumerate(zip(result["kl"], result["kl_by_layer"], strict=True)):
         each = ", ".join(f"{latent['value']:.3f}" for latent in layer)
-        rows.append([str(index + 1), written(total), each, ", ".join(map(str, result["active_units"][index]))])
+        rows.append(
+            [str(result["layers"][index]), written(total), each, ", ".join(map(str, result["active_units"][index]))]
+        )
     active, units = result["num_active"], result["num_units"]
     rows.append(["all", written(result["kl_total"]), "", f"{active} of {units} ({100 * active / units:.1f} %)"])
     return (

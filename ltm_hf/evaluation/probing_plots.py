@@ -69,9 +69,9 @@ def plot_latent_usage(result: dict, path: str | Path) -> None:
     figure = Figure(figsize=(11, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     total, token = result["kl_total"], result["kl_per_token"]
-    _heat_map(left, kl, "{:.2f}", "nats a block")
+    _heat_map(left, kl, result["layers"], "{:.2f}", "nats a block")
     left.set_title(f"KL from the prior: {written(total, 2)} nats a block,\n{written(token, 4)} a token", fontsize=10)
-    _heat_map(right, result["active_units"], "{:d}", "units", highest=channels)
+    _heat_map(right, result["active_units"], result["layers"], "{:d}", "units", highest=channels)
     right.set_title(
         f"Active units of {channels} a latent: {result['num_active']} of {result['num_units']} "
         f"({100 * result['num_active'] / result['num_units']:.1f} %)\n"
@@ -145,8 +145,8 @@ def _errorbar(axes, places, figures, factor=1.0, **style) -> None:
     axes.errorbar(places, means, errors, ms=4, capsize=3, **style)
 
 
-def _heat_map(axes, rows, form: str, unit: str, highest: float | None = None) -> None:
-    """Rows of numbers, from 0, each written into its cell where they are few."""
+def _heat_map(axes, rows, layers, form: str, unit: str, highest: float | None = None) -> None:
+    """A layer's row of numbers, from 0, each written into its cell where they are few."""
     image = axes.imshow(rows, aspect="auto", vmin=0, vmax=highest or max(map(max, rows)) or 1, cmap="viridis")
     if len(rows[0]) <= 12:
         for y, row in enumerate(rows):
@@ -154,7 +154,7 @@ def _heat_map(axes, rows, form: str, unit: str, highest: float | None = None) ->
                 dark = value < 0.6 * image.norm.vmax
                 axes.text(x, y, form.format(value), ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(rows[0])), range(1, len(rows[0]) + 1))
-    axes.set_yticks(range(len(rows)), range(1, len(rows) + 1))
+    axes.set_yticks(range(len(rows)), layers)
     axes.set(xlabel="latent", ylabel="layer")
     axes.figure.colorbar(image, ax=axes, label=unit)
 

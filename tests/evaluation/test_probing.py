@@ -343,6 +343,19 @@ def test_attention_study_against_the_maps_of_each_block(model, blocks):
     assert result["tokens"] == [ALPHABET[index] for index in blocks[0]["input_ids"][:5]]
 
 
+def test_only_layers_that_read_latents(make_model, blocks):
+    """They keep their numbers, counted from 1."""
+    model = make_model(num_hidden_layers=3, num_latents=4, cross_attention_layers=[0, 2])
+    included = progressive_inclusion(model, blocks, progress=False)
+    whole = reconstruction(model, Letters(), blocks, progress=False)["figures"]["own latents"]["teacher_forced"]
+    assert included["layers"] == [0, 1, 3] and included["teacher_forced"][-1] == whole
+    looked = cross_attention(model, Letters(), blocks, progress=False)
+    used = latent_usage(model, blocks, progress=False)
+    for rows in (probing.latent_usage_markdown(used), probing.cross_attention_markdown(looked)):
+        assert [row.split("|")[1].strip() for row in rows.splitlines()[2:4]] == ["1", "3"]
+    assert looked["layers"] == [1, 3] and len(looked["weights"]) == len(looked["addition"]) == 2
+
+
 def test_nothing_is_left_behind(model, blocks):
     model.train()
     cross_attention(model, Letters(), blocks, progress=False)
