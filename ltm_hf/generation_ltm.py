@@ -130,8 +130,8 @@ class LTMGenerationMixin(GenerationMixin):
         inference_seed: keys the noise of inference, default 0: two calls infer the same posterior.
         sample_latents: read a sample of the posterior (True) or its mean (False, the better predictor). Default:
             `do_sample`, so that greedy and beam search are deterministic, and a prompt with nothing to infer from
-            gets a sample of the prior when sampling. The sample follows torch's global generator; prompts of the same
-            tokens share it.
+            gets a sample of the prior when sampling; False by "map", whose variance says nothing. The sample follows
+            torch's global generator; prompts of the same tokens share it.
 
         With `return_dict_in_generate`, the result has the `posterior` of the prompts, None if latents were given. A
         cache holds the latents that it was built with: a call that continues it reads those, unless others are given.
@@ -289,9 +289,9 @@ class LTMGenerationMixin(GenerationMixin):
             kwargs.pop(name, None)
         seed, reinfer_every = settings.pop("inference_seed"), settings.pop("reinfer_every")
         sample_latents = settings.pop("sample_latents")
-        InferenceSettings.of(self.config, **settings)
+        optimizer = InferenceSettings.of(self.config, **settings).inference_optimizer
         if sample_latents is None:
-            sample_latents = bool(self._setting(generation_config, kwargs, "do_sample"))
+            sample_latents = bool(self._setting(generation_config, kwargs, "do_sample")) and optimizer != "map"
         return settings | {"noise": settings.pop("inference_noise"), "seed": seed}, sample_latents, reinfer_every
 
     def _padding_mask(self, input_ids, generation_config, kwargs) -> torch.Tensor:

@@ -214,6 +214,8 @@ def test_sampled_or_mean_latents(model, prompts, monkeypatch):
     assert torch.equal(read(do_sample=True), sample)
     assert torch.equal(read(do_sample=True, sample_latents=False), posterior.mean)
     assert torch.equal(read(do_sample=False, sample_latents=True), sample)
+    plain = dict(inference_optimizer="map", inference_learning_rate=0.05)
+    assert torch.equal(read(do_sample=True, **plain), model.infer_posterior(prompts, **plain).mean)
     assert torch.equal(read(generation_config=GenerationConfig(do_sample=True)), sample)
 
 

@@ -127,11 +127,12 @@ def complete_texts(
 
     def latents_of(prompts, keys):
         different = list(dict.fromkeys(map(tuple, prompts)))  # several continuations of a prompt share its inference
-        settings, *_ = model._pop_inference_settings(None, {"num_inference_steps": num_inference_steps})
+        asked = {"num_inference_steps": num_inference_steps, "do_sample": decoding.do_sample}
+        settings, sample_latents, _ = model._pop_inference_settings(None, asked)
         posterior = infer_posterior(model, *_left_padded(different, model.device), **settings)
         posterior = posterior[[different.index(tuple(prompt)) for prompt in prompts]]
         posterior.keys = posterior.keys + keys
-        return posterior.sample(seed) if decoding.do_sample else posterior.mean
+        return posterior.sample(seed) if sample_latents else posterior.mean
 
     pairs = list(product(range(len(prompts)), range(num_samples)))
     written = _write(
