@@ -95,6 +95,10 @@ class LTMConfig(PreTrainedConfig):
             depends on what it says and not on where it stands.
         cross_attention_query_std: standard deviation, at first, of the projections to queries and latent keys; `None`
             is `initializer_range`, with which a token reads all latents of a layer alike at first.
+        cross_attention_value_projection: latents pass through a projection on their way into the heads and another out of
+            them, as in the paper. Without, the residual stream gets what is read of the latents as they are, times the
+            gate: a layer that costs few parameters. Each head then needs keys of its own, and heads as wide as
+            `hidden_size` together.
         cross_attention_gate_init: start value of a learned gate for each channel of the cross-attention's output;
             `None` is the paper's layer, which has no gate.
 
@@ -172,6 +176,7 @@ class LTMConfig(PreTrainedConfig):
     cross_attention_layers: list[int] | None = None
     cross_attention_rotary: bool = True
     cross_attention_query_std: float | int | None = None
+    cross_attention_value_projection: bool = True
     cross_attention_gate_init: float | int | None = 0.1
 
     inference_method: str = "variational"
@@ -236,13 +241,22 @@ class LTMConfig(PreTrainedConfig):
             std = getattr(self, name)
             if std is not None and not 0 <= std < math.inf:
                 raise ValueError(f"{name} must be None, or 0 or more and finite, got {std}.")
+        if not self.cross_attention_value_projection and not (
+            self.num_key_value_heads == self.num_attention_heads == self.hidden_size / self.head_dim
+        ):
+            raise ValueError(
+                "cross_attention_value_projection=False needs num_key_value_heads = num_attention_heads, and "
+                f"num_attention_heads · head_dim = hidden_size, got {self.num_key_value_heads}, "
+                f"{self.num_attention_heads}, {self.head_dim} and {self.hidden_size}."
+            )
         if self.num_latents and self.latent_position_stride is None:
             self.latent_position_stride = max(1, self.max_position_embeddings // self.num_latents)
         if self.inference_learning_rate is None:
             self.inference_learning_rate = _STEP_SIZES.get(self.inference_method, 0.5)
         InferenceSettings.of(self)  # raises where a setting cannot work
         # Rules for modules that this model lacks would be warned of at each parallel load.
-        lacking = [] if self.num_latents else [".cross_attn."]
+        # Without projections of values, cross-attention is not split.
+        lacking = [] if self.num_latents and self.cross_attention_value_projection else [".cross_attn."]
         lacking += [] if self.self_attention == "qwen3" else [".q_norm", ".k_norm"]
         self.base_model_tp_plan = {
             name: rule for name, rule in self.base_model_tp_plan.items() if not any(part in name for part in lacking)

@@ -28,7 +28,8 @@ def count_parameters(config: LTMConfig) -> int:
     attention = 2 * hidden * queries + 2 * hidden * keys
     extra = {"mistral": 0, "qwen2": queries + 2 * keys, "qwen3": 2 * config.head_dim}[config.self_attention]
     layer = attention + extra + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
-    reading = attention + hidden  # what a layer that reads latents has more; its norm
+    # What a layer that reads latents has more: its norm, queries and keys, and values and output if projected.
+    reading = hidden + (attention if config.cross_attention_value_projection else hidden * (queries + keys))
     reading += 0 if config.cross_attention_gate_init is None else hidden
     reading += 0 if config.latent_embedding_std is None else config.latents_per_layer * hidden
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
@@ -108,8 +109,10 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
     mlp = tokens * 6 * hidden * config.intermediate_size
     cross_query = cross_out = latent_projections = cross_scores = 0
     if config.num_latents:
-        cross_query = cross_out = tokens * 2 * hidden * queries
-        latent_projections = config.latents_per_layer * 4 * hidden * keys
+        cross_query = tokens * 2 * hidden * queries
+        latent_projections = config.latents_per_layer * 2 * hidden * keys
+        if config.cross_attention_value_projection:
+            cross_out, latent_projections = cross_query, 2 * latent_projections
         cross_scores = 4 * queries * tokens * config.latents_per_layer
     layers, reading = config.num_hidden_layers, config.reading_layers
     cross = cross_query + cross_out + latent_projections

@@ -143,9 +143,13 @@ class LTMCrossAttention(nn.Module):
         self.is_causal = False
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-        self.q_proj.finds_latents = self.k_proj.finds_latents = True  # for `_init_weights`
+        if config.cross_attention_value_projection:
+            self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+            self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+            self.o_proj.adds_to_residual = True  # for `_init_weights`
+        else:
+            self.v_proj, self.o_proj = nn.Identity(), nn.Identity()
+        self.q_proj.finds_latents = self.k_proj.finds_latents = True
         embedded = config.latent_embedding_std is not None
         self.latent_embeddings = LTMLatentEmbeddings(config) if embedded else nn.Identity()
 
@@ -213,7 +217,6 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
                 self.cross_attention_gate = nn.Identity()
             else:
                 self.cross_attention_gate = LTMGate(config.hidden_size, config.cross_attention_gate_init)
-            self.cross_attn.o_proj.adds_to_residual = True
         self.self_attn.o_proj.adds_to_residual = True  # for `_init_weights`
 
     def forward(

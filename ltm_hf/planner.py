@@ -181,7 +181,9 @@ def _activations(
         attention += 4 * normed + 4 * (heads + config.num_key_value_heads) + (size * normed if learns else 0)
     cross_attention = size * 2 * queries + 4 * heads
     latents = size * n * (2 * keys + (2 * hidden if learns else 0))  # a sequence
-    gate = size * hidden if learns and config.cross_attention_gate_init is not None else 0
+    # What the gate reads is the heads' output itself where nothing projects it.
+    gated = config.cross_attention_gate_init is not None and config.cross_attention_value_projection
+    gate = size * hidden if learns and gated else 0
     mlp = size * inner * (4 if learns else 3)
 
     self_part = norm(3) + attention

@@ -47,6 +47,14 @@ def test_rope_theta_is_folded_in():
         (dict(cross_attention_layers=[]), r"cross_attention_layers.*the 3 \(0 to 2\), got \[\]"),
         (dict(cross_attention_layers=[3]), r"cross_attention_layers.*\[3\]"),
         (dict(cross_attention_layers=[2, -1]), r"cross_attention_layers.*different.*\[2, -1\]"),
+        (
+            dict(cross_attention_value_projection=False, num_key_value_heads=4),
+            "cross_attention_value_projection.*got 4, 8, 64",
+        ),
+        (
+            dict(cross_attention_value_projection=False, head_dim=32),
+            "cross_attention_value_projection.*got 8, 8, 32 and 512",
+        ),
         (dict(latent_embedding_std=-1), "latent_embedding_std.*-1"),
         (dict(cross_attention_query_std=float("nan")), "cross_attention_query_std.*nan"),
         (dict(num_attention_heads=8, num_key_value_heads=3), "num_attention_heads.*num_key_value_heads"),

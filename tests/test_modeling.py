@@ -165,3 +165,18 @@ def test_queries_and_latent_keys_start_as_wide_as_asked(make_model):
     weights = make_model(cross_attention_query_std=0.7, latent_embedding_std=None).state_dict()
     for name, wide in (("q_proj", 0.7), ("k_proj", 0.7), ("v_proj", 0.3)):
         assert abs(weights[f"model.layers.0.cross_attn.{name}.weight"].std() / wide - 1) < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", [None, 0.5])
+def test_values_as_they_are(make_model, ids, latents, gate):
+    """The layer whose projections of values and output are identities."""
+    options = dict(num_key_value_heads=4, cross_attention_gate_init=gate, latent_embedding_std=1.0)
+    plain, projected = make_model(cross_attention_value_projection=False, **options), make_model(**options)
+    missing, unexpected = projected.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and len(missing) == 4
+    for layer in projected.model.layers:
+        for projection in (layer.cross_attn.v_proj, layer.cross_attn.o_proj):
+            projection.weight.copy_(torch.eye(32))
+    close(plain(ids, latents=latents).logits, projected(ids, latents=latents).logits)
+    close(plain.project_latents(latents), projected.project_latents(latents))

@@ -37,6 +37,7 @@ VARIANTS = {
     "one layer": dict(num_hidden_layers=1),
     "full attention": dict(sliding_window=None),
     "middle layer": dict(cross_attention_layers=[1]),
+    "values as they are": dict(cross_attention_value_projection=False),
     "many latents": dict(num_latents=96),
     "no latents": dict(num_latents=0),
     "qwen2": dict(self_attention="qwen2"),

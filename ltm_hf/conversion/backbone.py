@@ -69,6 +69,8 @@ def convert_config(
         raise ValueError(
             f"{', '.join(refused)}: the backbone's own, or no field of LTMConfig; it cannot be overridden."
         )
+    if not config_overrides.get("cross_attention_value_projection", True):
+        raise ValueError("cross_attention_value_projection must be True: new layers start at zero by their projection.")
     if config_overrides.get("cross_attention_gate_init", 1) == 0:
         raise ValueError("cross_attention_gate_init must not be 0: behind a zero output projection it never opens.")
 

@@ -372,6 +372,7 @@ def test_arguments_are_refused_by_name():
     refuse("sliding_window", backbone, sliding_window=1)
     refuse("sliding_window .9. .*the backbone's .8.", mistral(sliding_window=8), sliding_window=9)
     refuse("cross_attention_gate_init", backbone, cross_attention_gate_init=0)
+    refuse("cross_attention_value_projection", backbone, cross_attention_value_projection=False)
     refuse("hidden_size", backbone, hidden_size=64)
     refuse("self_attention", backbone, self_attention="qwen2")
     refuse("num_inference_step:", backbone, num_inference_step=3)
