@@ -95,10 +95,10 @@ class LTMConfig(PreTrainedConfig):
             depends on what it says and not on where it stands.
         cross_attention_query_std: standard deviation, at first, of the projections to queries and latent keys; `None`
             is `initializer_range`, with which a token reads all latents of a layer alike at first.
-        cross_attention_value_projection: latents pass through a projection on their way into the heads and another out of
-            them, as in the paper. Without, the residual stream gets what is read of the latents as they are, times the
-            gate: a layer that costs few parameters. Each head then needs keys of its own, and heads as wide as
-            `hidden_size` together.
+        cross_attention_value_projection: latents pass through a projection on their way into the heads and another on
+            their way out, as in the paper. Without, the residual stream gets what is read of the latents as they are,
+            times the gate: a layer of few parameters. Each head then needs keys of its own, and all heads together must
+            be as wide as `hidden_size`.
         cross_attention_gate_init: start value of a learned gate for each channel of the cross-attention's output;
             `None` is the paper's layer, which has no gate.
 
