@@ -113,6 +113,9 @@ class Study:
             for model in self.models:
                 config, arguments = self.config(setting, model), self.arguments(setting, model, "", seed=0)
                 arguments.inference_steps(config)
+                other = self.models[model].weights_of
+                if other and count_parameters(config) != count_parameters(self.config(setting, other)):
+                    raise ValueError(f"{model}: its config must be that of {other}, but for inference: weights_of.")
                 if config.max_position_embeddings != self.block_size(setting):
                     raise ValueError(f"{model}: all models of a setting must have its max_position_embeddings.")
         if self.models[self.reference].config.get("num_latents") != 0:

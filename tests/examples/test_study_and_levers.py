@@ -1,6 +1,7 @@
 """examples/study.py and examples/levers.py: whole runs of a tiny grid, and that levers do what their names say."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_study(run, tmp_path):
     assert (folder / "README.md").read_text().strip() and (folder / "study.png").stat().st_size > 10_000
     failed = run(EXAMPLES / "study.py", grid, "--output_dir", folder, "--models", "nobody", check=False)
     assert failed.returncode == 2 and "'nobody' is none of the models: natural-2" in failed.stderr
+
+
+def test_study_of_the_memory(run, tmp_path):
+    grid, folder = tiny("memory.yaml", tmp_path), tmp_path / "outputs"
+    names = ["memory", "memory-natural", "twin-equal", "full-equal", "twin-flops"]
+    said = run(EXAMPLES / "study.py", grid, "--output_dir", folder, "--models", *names).stdout
+    for name in names:
+        assert f"| {name} " in said and (folder / "tiny" / name / "1" / "scores.json").exists()
+    paths = [folder / "tiny" / name / "1" / "scores.json" for name in names[:2]]
+    scores = [json.loads(path.read_text())["result"] for path in paths]
+    assert len({json.dumps(score["bound@2"]) for score in scores}) == 2  # of the same weights
+    assert scores[0]["exact"] == scores[1]["exact"] and "reinfer" in scores[0]
 
 
 def test_every_lever(run, tmp_path):

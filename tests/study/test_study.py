@@ -210,6 +210,10 @@ def test_estimates_by_hand():
         ({"models": {"natural": {"config": {"num_latents": 3}}}}, "num_latents"),
         ({"models": {"natural": {"training": {"num_inference_steps_min": 9}}}}, "must be at most num_inference_steps"),
         ({"models": {"natural": {"config": {"max_position_embeddings": 8}}}}, "all models of a setting must have its"),
+        (
+            {"models": {"natural": {"config": {"cross_attention_layers": [0]}}, "again": {"weights_of": "natural"}}},
+            "again: its config must be that of natural, but for inference",
+        ),
         ({"colour": 1}, "the study: there is no colour; there are settings, models"),
     ],
 )
