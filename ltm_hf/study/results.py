@@ -117,7 +117,9 @@ def _thinking(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str
 def plot(study: Study, cells: Cells, path: Path) -> None:
     """Write a PNG: bounds and prefix losses against inference steps, a row for each setting.
 
-    Bars are standard errors, over documents, of differences from the reference; models without latents are level lines.
+    Bars are standard errors, over documents, of differences from the reference. Level lines are exact: of models
+    without latents, and dotted of those that infer anew (`reinfer`). Inference without a variance ("map") has no bound
+    worth drawing.
     """
     from matplotlib.figure import Figure
 
@@ -129,6 +131,10 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
         for axes, kind, exact in zip(axes_of_row, ("bound", "prefix"), ("exact", "prefix_exact"), strict=True):
             for index, (name, found) in enumerate(by_model.items()):
                 steps = [number for number in study.scoring.all_steps if f"{kind}@{number}" in _figures(found)]
+                if kind == "bound" and "reinfer" in _figures(found):
+                    axes.axhline(estimate(found, "reinfer").value, color=f"C{index}", ls=":", lw=1.6)
+                    if study.config(setting, name).inference_optimizer == "map":
+                        continue
                 if not steps:
                     axes.axhline(estimate(found, exact).value, color=f"C{index}", ls="--", lw=1.2, label=name)
                     continue
@@ -139,7 +145,9 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
                     capsize=3, label=name,
                 )  # fmt: skip
                 axes.set_xticks(range(len(steps)), [str(number) for number in steps])
-            title = "bound with fresh noise" if kind == "bound" else "prefix: what follows, latents from what precedes"
+            title = "what follows a prefix, latents from it"
+            if kind == "bound":
+                title = f"all tokens (dotted: latents anew every {study.scoring.reinfer_every})"
             axes.set(xlabel="inference steps at test time", ylabel="nats a token", title=f"{setting}: {title}")
         axes_of_row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
