@@ -1,4 +1,4 @@
-"""Configurations by name: the paper's three models as published, and a small one for a CPU."""
+"""Configurations by name: the paper's three models as published, a small one for a CPU, and latents as a memory."""
 
 from .configuration_ltm import LTMConfig
 
@@ -17,22 +17,40 @@ _PAPER = dict(
     inference_lr_schedule="constant",
 )
 
+# The last layer's latents as a memory of the text so far, which tokens look up by what they say: learned with
+# slow_gradient="unrolled". Queries and keys are as sharp at first whatever the width: std · √width is 2.4.
+_MEMORY = dict(
+    num_latents=64,
+    cross_attention_layers=[-1],
+    cross_attention_rotary=False,
+    cross_attention_value_projection=False,
+    cross_attention_gate_init=0.2,
+    latent_embedding_std=1.0,
+    inference_optimizer="map",
+    inference_learning_rate=0.5,
+    inference_lr_schedule="inverse",
+    num_inference_steps=2,
+)
+
+_TINY = dict(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    sliding_window=16,
+    bos_token_id=1,
+    eos_token_id=0,
+)
+
 PRESETS: dict[str, dict] = {
-    "ltm-tiny": dict(
-        vocab_size=2048,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        sliding_window=16,
-        num_latents=6,
-        bos_token_id=1,
-        eos_token_id=0,
-    ),
+    "ltm-tiny": dict(**_TINY, num_latents=6),
+    "ltm-tiny-memory": dict(**_TINY, **_MEMORY, cross_attention_query_std=0.21),
     "ltm-small": dict(**_PAPER, num_hidden_layers=3, num_latents=24, num_inference_steps=16),
     "ltm-medium": dict(**_PAPER, num_hidden_layers=6, num_latents=24, num_inference_steps=16),
     "ltm-large": dict(**_PAPER, num_hidden_layers=12, num_latents=96, num_inference_steps=64),
+    "ltm-small-memory": dict(**_PAPER | _MEMORY, num_hidden_layers=3, cross_attention_query_std=0.106),
 }
 
 

@@ -75,7 +75,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         perplexity_bound: exp(bound); gain: what the last batch's latents save, loss at no latents - loss;
     and inference_seconds (in the fast loop, a step), tokens_per_second (scored, all processes) and, on a GPU that
     `monitor.PEAK_TFLOPS` knows, mfu: the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
-    Evaluation gives the same names on the whole set, and `eval_loss` is the bound. `eval_no_latents` is the exact loss
+    Evaluation gives the same names on the whole set, and `eval_loss` is the bound; with slow_gradient="unrolled" the
+    exact loss of a predictor that thinks once, after half of the tokens. `eval_no_latents` is the exact loss
     of the plain decoder and, for rows that have a prompt, `eval_from_prompt` that of a predictor which reads the mean
     of q(z | prompt), as greedy generation does. Of the fast loop it gives `eval_elbo_trace`, the ELBO a token at each
     step, each with its own noise, and after the last one where infer_from="labels" (trackers, which take numbers, get
@@ -346,7 +347,15 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager():
             plain = negative_log_likelihood(decoder, **sequences)
             rows = {"tokens": num_tokens, "plain": plain, "nll": plain, "kl": torch.zeros_like(plain)}
-            if decoder.config.num_latents:
+            if self._unrolls:
+                first, rest = split_labels(**sequences)
+                posterior = infer_posterior(decoder, **sequences | {"labels": first}, **fit)
+                rows["nll"] = sum(
+                    negative_log_likelihood(decoder, **sequences | {"labels": labels}, latents=latents)
+                    for labels, latents in ((first, torch.zeros_like(posterior.mean)), (rest, posterior.mean))
+                )
+                self._fit_sums["non_finite_rows"] += posterior.num_non_finite
+            elif decoder.config.num_latents:
                 evidence = self._evidence(inputs)
                 posterior = infer_posterior(decoder, **evidence, **fit)
                 estimate = elbo(decoder, posterior=posterior, **sequences, seed=self._seed(0))
@@ -385,7 +394,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             figures["perplexity_bound"] = _exp(bound)
         if self.model.config.num_latents:
             figures |= {"nll": nll, "no_latents": plain, "gain": plain - nll}
-            if self._has_kl:
+            if self._has_kl and not self._unrolls:
                 figures |= {"kl": kl, **fit_figures(fit_sums)}
             if fit_sums["non_finite_rows"]:
                 figures["non_finite_rows"] = fit_sums["non_finite_rows"]

@@ -1,5 +1,7 @@
 """slow_gradient="unrolled": what is predicted from what, and that the gradient goes through inference."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -101,6 +103,24 @@ def test_gradient_goes_through_inference(model, ids, make_trainer):
             weight -= sign * 2e-3 * direction
     quotient = (values[0] - values[1]) / 4e-3
     assert whole == pytest.approx(quotient, rel=2e-2) and without != pytest.approx(quotient, rel=1e-1)
+
+
+def test_evaluation_is_of_a_predictor_that_thinks_once(model, ids, make_trainer):
+    """After half of the tokens; exact, so that there is no kl to pay."""
+    model.config.inference_optimizer = "map"
+    trainer = make_trainer(model, ids)
+    found = trainer.evaluate(Dataset.from_dict({"input_ids": ids.tolist()}))
+    nats = 0.0
+    for row in ids:
+        half = 1 + (len(row) - 1) // 2
+        thought = infer_posterior(model, row[None, :half]).mean
+        labels = row[None].clone()
+        labels[:, :half] = IGNORED
+        nats += negative_log_likelihood(model, row[None, :half], torch.zeros_like(thought)).item()
+        nats += negative_log_likelihood(model, row[None], thought, labels=labels).item()
+    assert found["eval_loss"] == pytest.approx(nats / (3 * 11), rel=1e-5)
+    assert math.log(found["eval_perplexity_bound"]) == pytest.approx(found["eval_loss"])
+    assert "eval_kl" not in found and found["eval_gain"] == found["eval_no_latents"] - found["eval_loss"]
 
 
 def test_batch_and_accumulation_are_the_same_training(make_model, make_ids, make_trainer):
