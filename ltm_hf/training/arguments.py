@@ -38,8 +38,8 @@ class DualRateArguments:
     inference_start_ratio: float = field(
         default=0.0,
         metadata={
-            "help": "Share of the training steps after which latents are inferred; until then the decoder learns at "
-            "z = 0, at the cost of one without latents."
+            "help": "Share of the training steps after which latents are inferred; until then the decoder learns "
+            "without latents, at the cost of its baseline. For one process or DDP."
         },
     )
     inference_learning_rate: float | None = field(

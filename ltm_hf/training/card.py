@@ -226,7 +226,7 @@ def _recipe(config, arguments) -> dict[str, str]:
         facts["inference step size"] = f"{start:g}" if end == start else f"{start:g} to {end:g}, linear over training"
         facts["slow gradient"] = arguments.slow_gradient
         if arguments.inference_start_ratio:
-            facts["first learned at z = 0"] = f"{100 * arguments.inference_start_ratio:g} % of the steps"
+            facts["first learned without latents"] = f"{100 * arguments.inference_start_ratio:g} % of the steps"
     return facts
 
 

@@ -116,6 +116,15 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 )
             if self.args.inference_start_ratio:
                 raise ValueError("With inference_method='amortized' latents start with kl_annealing_steps.")
+        elif (
+            config.num_latents
+            and self.args.inference_start_ratio
+            and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        ):
+            raise ValueError(
+                "inference_start_ratio leaves some weights without a gradient, which FSDP and DeepSpeed do not: use one "
+                "process or DDP."
+            )
         elif config.num_latents and self.args.kl_annealing_steps:
             raise ValueError("kl_annealing_steps is for inference_method='amortized'.")
         least, _ = self.args.inference_steps(config)
@@ -169,8 +178,12 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             self._since = (self.state.global_step, time.perf_counter())
         self._sums["tokens"] += self._num_scored(inputs).sum().item()
         decoder = self.accelerator.unwrap_model(model, keep_torch_compile=True).train()
+        unread = []
         if decoder.config.num_latents and not self._infers:
-            thoughts = [torch.zeros(len(inputs["input_ids"]), *decoder.config.latent_shape, device=self.args.device)]
+            thoughts = [None]
+            unread = [p for name, p in decoder.named_parameters() if ".cross_att" in name and p.requires_grad]
+            if unread:  # DDP waits for the gradient of every parameter
+                self._beside = 0.0 * sum(p.sum() for p in unread), 0, 0
         elif self._unrolls:
             share = random.Random(self._seed(self.state.global_step + 1)).uniform(0.25, 0.75)
             prefix, rest = split_labels(**self._sequences(inputs), share=share)
@@ -185,6 +198,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             with nullcontext() if number == len(thoughts) else accumulating(self.accelerator, model):
                 loss += super().training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
         self._beside = None
+        for parameter in unread:  # it has learned nothing: neither does it decay
+            parameter.grad = None
         self._last_batch = {**inputs, "latents": None if thoughts[-1] is None else thoughts[-1].detach()}
         return loss if num_items_in_batch is not None else loss / len(thoughts)
 

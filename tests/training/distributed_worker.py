@@ -260,7 +260,7 @@ def unrolled():
     if MODE not in ("single", "ddp"):
         return None
     model = make_model(latent_embedding_std=1.0, num_inference_steps=1, inference_learning_rate=0.05)
-    return logs(train("unrolled", model=model, slow_gradient="unrolled"))
+    return logs(train("unrolled", model=model, slow_gradient="unrolled", inference_start_ratio=0.3))
 
 
 class CountsGathers(LTMTrainer):

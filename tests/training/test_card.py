@@ -182,7 +182,7 @@ def test_cost_of_a_run_that_begins_without_inference(tmp_path, arguments):
     card = full_card(tmp_path, arguments)
     (_, training), (_, cost) = section(card, "Training"), section(card, "Cost")
     flops = training_flops(preset_config("ltm-small", num_inference_steps=4), 512)
-    assert training["first learned at z = 0"] == "25 % of the steps"
+    assert training["first learned without latents"] == "25 % of the steps"
     assert cost["training step: 4 of inference, 1 of learning"] == f"{flops.training_step / 1e6:.2f} M"
     assert cost["whole run (not a token)"] == f"{(3 * flops.fast_step + flops.slow_step) / 1e6:.2f} P"
 

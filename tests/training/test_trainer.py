@@ -194,19 +194,24 @@ def test_number_of_inference_steps_is_drawn(make_trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("slow_gradient", ["final", "trajectory", "unrolled"])
-def test_first_steps_learn_at_zero(make_trainer, monkeypatch, slow_gradient):
-    """Without a fast loop, from the exact loss of a decoder that reads latents of zero."""
+def test_first_steps_learn_without_latents(make_trainer, monkeypatch, slow_gradient):
+    """Without a fast loop, from the exact loss of the decoder alone; what reads latents stays as it was, undecayed."""
     model = make_model(latent_embedding_std=1.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = dict(max_steps=4, logging_steps=1, inference_start_ratio=0.5, slow_gradient=slow_gradient)
     trainer = make_trainer(model, make_blocks(16), **settings)
-    (batch, *_), thinks = trainer.get_train_dataloader(), []
+    (batch, *_), unchanged = trainer.get_train_dataloader(), []
     with torch.no_grad():
-        nll = negative_log_likelihood(model, batch["input_ids"], torch.zeros(len(batch["input_ids"]), 2, 2, 32))
-    monkeypatch.setattr(
-        trainer, "_think", lambda *a, of=trainer._think: thinks.append(trainer.state.global_step) or of(*a)
-    )
+        nll = negative_log_likelihood(model, batch["input_ids"])
+
+    def think(*args, of=trainer._think):
+        unchanged.append({name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])})
+        return of(*args)
+
+    monkeypatch.setattr(trainer, "_think", think)
     trainer.train()
-    assert thinks == [2, 3]
+    assert trainer.state.global_step == 4 and len(unchanged) == 2
+    assert unchanged[0] == {name for name in before if ".cross_att" in name} and not unchanged[1]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["kl"] > 0 for entry in logs] == [False, False, True, True]
     assert logs[0]["bound"] == logs[0]["loss"] == pytest.approx(nll.sum().item() / (len(nll) * (BLOCK - 1)), abs=1e-4)
