@@ -116,17 +116,14 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 )
             if self.args.inference_start_ratio:
                 raise ValueError("With inference_method='amortized' latents start with kl_annealing_steps.")
-        elif (
-            config.num_latents
-            and self.args.inference_start_ratio
-            and (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        ):
-            raise ValueError(
-                "inference_start_ratio leaves some weights without a gradient, which FSDP and DeepSpeed do not: use one "
-                "process or DDP."
-            )
         elif config.num_latents and self.args.kl_annealing_steps:
             raise ValueError("kl_annealing_steps is for inference_method='amortized'.")
+        if config.num_latents and self.args.inference_start_ratio:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "inference_start_ratio leaves weights without a gradient, which FSDP and DeepSpeed do not: use one "
+                    "process or DDP."
+                )
         least, _ = self.args.inference_steps(config)
         if self._unrolls:
             self._check_unrolling(config, least)
