@@ -21,7 +21,6 @@ from ltm_hf import LTMForCausalLM, preset_config
 from ltm_hf.data import load_corpus, load_prepared, load_tokenizer, pack, train_tokenizer
 from ltm_hf.evaluation import evaluate_likelihood, markdown_table
 from ltm_hf.evaluation.likelihood import DEFAULT
-from ltm_hf.flops import training_flops
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
 
 # What a preset is trained with unless the command line says otherwise; beyond these, the arguments' defaults hold.
@@ -132,7 +131,7 @@ def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
     """The trainer after training, and the likelihood before and after."""
     set_seed(args.seed)
     model = LTMForCausalLM(config).to(args.device)  # FSDP2 and DeepSpeed would leave it on the CPU until they train
-    flops = training_flops(config).training_step
+    flops = args.step_flops(config, config.max_position_embeddings)
     print(f"{model.num_parameters():,} parameters, {flops / 1e6:.3g} MFLOPs a token to train")
     trainer = LTMTrainer(
         model,

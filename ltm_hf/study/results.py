@@ -144,7 +144,7 @@ def plot(study: Study, cells: Cells, path: Path) -> None:
                     range(len(steps)), [value.value for value in values], errors, fmt="o-", color=f"C{index}", ms=4,
                     capsize=3, label=name,
                 )  # fmt: skip
-                axes.set_xticks(range(len(steps)), [str(number) for number in steps])
+            axes.set_xticks(range(len(study.scoring.all_steps)), list(map(str, study.scoring.all_steps)))
             title = "what follows a prefix, latents from it"
             if kind == "bound":
                 title = f"all tokens (dotted: latents anew every {study.scoring.reinfer_every})"

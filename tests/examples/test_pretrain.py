@@ -3,11 +3,12 @@
 import json
 import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from ltm_hf.training import LTMTrainingArguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NO_PACKAGE = (
@@ -65,7 +66,7 @@ def test_missing_file_is_named_before_any_work(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_first_figures_too_come_from_the_device(make_tester):
+def test_the_first_figures_too_come_from_the_device(make_tester, tmp_path):
     """Where the trainer leaves the model on the CPU until it trains, as it does where it is to be sharded."""
 
     class Trainer:
@@ -75,9 +76,9 @@ def test_the_first_figures_too_come_from_the_device(make_tester):
 
     train, devices = runpy.run_path(str(EXAMPLES / "pretrain.py"))["train"], []
     train.__globals__["LTMTrainer"] = Trainer
-    train.__globals__["evaluate_likelihood"] = lambda model, *args: devices.append(model.device)
-    device = torch.device("meta")
-    args = SimpleNamespace(device=device, seed=0, per_device_eval_batch_size=1, resume_from_checkpoint=None)
+    train.__globals__["evaluate_likelihood"] = lambda model, *args, **kwargs: devices.append(model.device)
+    args = LTMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    args.__dict__["_setup_devices"] = device = torch.device("meta")  # a cached property, which `device` reads
     train(make_tester().get_config(), args, None, None, None, None)
     assert devices == [device, device]
 
@@ -115,3 +116,17 @@ def test_trains_on_prepared_data(run, tmp_path):
     assert "Validation, 2 blocks" in result.stdout and (tmp_path / "out/model.safetensors").is_file()
     refused = run(*arguments, SMALL % 16, check=False)
     assert refused.returncode != 0 and "have 32 tokens and the model takes 16" in refused.stderr
+
+
+def test_trains_latents_as_a_memory(run, tmp_path):
+    """The first third without latents; exact losses, and no bound, in the table, and a card that says what it is."""
+    result = run(
+        EXAMPLES / "pretrain.py", "--preset", "ltm-tiny-memory", "--files", write_story(tmp_path / "story.jsonl"),
+        "--train_tokenizer", 270, "--use_cpu", "--max_steps", 3, "--logging_steps", 1, "--eval_blocks", 2,
+        "--output_dir", tmp_path / "out", "--config_overrides", SMALL % 32,
+    )  # fmt: skip
+    rows = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("| ")]
+    assert {"reinfer-32", "no_latents", "prefix", "prefix_no_latents"} <= set(rows) and "bound" not in rows
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "| slow gradient | unrolled |" in card and "| first learned without latents | 33 % of the steps |" in card
+    assert "| layers that read latents | 3 |" in card
