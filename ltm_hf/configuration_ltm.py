@@ -93,6 +93,9 @@ class LTMConfig(PreTrainedConfig):
             decoder that reads z = 0, and the first gradient there moves them alike.
         cross_attention_rotary: queries and latent keys rotate, as in the paper. Without, which latents a token reads
             depends on what it says and not on where it stands.
+        cross_attention_keys: what latents are found by: "latents", keys are projections of what is in them, as in the
+            paper, or "embeddings", of their embeddings alone. Then inference changes what a token reads and never where
+            it looks, and reading z = 0 is the same as having no latents.
         cross_attention_query_std: standard deviation, at first, of the projections to queries and latent keys; `None`
             is `initializer_range`, with which a token reads all latents of a layer alike at first.
         cross_attention_value_projection: latents pass through a projection on their way into the heads and another on
@@ -175,6 +178,7 @@ class LTMConfig(PreTrainedConfig):
     latent_embedding_std: float | int | None = None
     cross_attention_layers: list[int] | None = None
     cross_attention_rotary: bool = True
+    cross_attention_keys: str = "latents"
     cross_attention_query_std: float | int | None = None
     cross_attention_value_projection: bool = True
     cross_attention_gate_init: float | int | None = 0.1
@@ -241,6 +245,10 @@ class LTMConfig(PreTrainedConfig):
             std = getattr(self, name)
             if std is not None and not 0 <= std < math.inf:
                 raise ValueError(f"{name} must be None, or 0 or more and finite, got {std}.")
+        if self.cross_attention_keys not in ("latents", "embeddings"):
+            raise ValueError(f"cross_attention_keys must be latents or embeddings, got {self.cross_attention_keys!r}.")
+        if self.cross_attention_keys == "embeddings" and self.latent_embedding_std is None:
+            raise ValueError("cross_attention_keys='embeddings' needs a latent_embedding_std: there are none.")
         if not self.cross_attention_value_projection and not (
             self.num_key_value_heads == self.num_attention_heads == self.hidden_size / self.head_dim
         ):

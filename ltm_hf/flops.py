@@ -71,12 +71,14 @@ class TrainingFlops:
     slow_step: a forward and the gradient of all weights, at latents that need none; with an encoder, all of its work
         and the latents' gradient.
     num_inference_steps: fast steps of a training step.
+    online_step: what slow_gradient="online" costs beside the slow step; of a model that it can train.
     """
 
     forward: float
     fast_step: float
     slow_step: float
     num_inference_steps: int
+    online_step: float = 0.0
 
     @property
     def training_step(self) -> float:
@@ -140,11 +142,17 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
         encoder = layers * (read * (projections + mlp) // tokens + 4 * queries * read**2)
         encoder += config.num_latents * 4 * hidden**2  # the head
         slow_step += len(reading) * latent_projections + 3 * encoder
+    # A forward above the last cross-attention, the gradient of what it reads, and the gradient of both; attention of
+    # the tokens to each other; and two cross-attentions whose output is not used, but none that learns.
+    online_step = 6 * (mlp + (tokens - 1) * head) + 2 * cross_query - cross_scores - latent_projections
+    online_step += 6 * tokens * (queries + tokens * config.num_attention_heads) * config.latents_per_layer
+    online_step += 6 * tokens**2 * queries
     return TrainingFlops(
         forward=forward / tokens,
         fast_step=fast_step / tokens,
         slow_step=slow_step / tokens,
         num_inference_steps=config.num_inference_steps if fast_step else 0,
+        online_step=online_step / tokens if fast_step else 0,
     )
 
 

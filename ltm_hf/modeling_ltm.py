@@ -157,9 +157,15 @@ class LTMCrossAttention(nn.Module):
         self, latents: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """(B, N, D) latents to (B, 2, K, N, d): rotated keys, then values."""
-        latents = self.latent_embeddings(latents).to(position_embeddings[0].dtype)
-        heads = (*latents.shape[:-1], -1, self.head_dim)
-        keys, values = (project(latents).view(heads).transpose(1, 2) for project in (self.k_proj, self.v_proj))
+        if self.config.cross_attention_keys == "embeddings":
+            sources = self.latent_embeddings(torch.zeros_like(latents)), latents
+        else:
+            sources = 2 * (self.latent_embeddings(latents),)
+        heads, dtype = (*latents.shape[:-1], -1, self.head_dim), position_embeddings[0].dtype
+        keys, values = (
+            project(source.to(dtype)).view(heads).transpose(1, 2)
+            for project, source in zip((self.k_proj, self.v_proj), sources, strict=True)
+        )
         if self.config.cross_attention_rotary:
             keys = apply_rotary(keys, tuple(table.to(keys.device) for table in position_embeddings))
         return torch.stack((keys, values), dim=1)
@@ -232,7 +238,7 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
         **kwargs,
     ) -> torch.Tensor:
         if prelude is None or prelude.hidden_states is None:
-            with nullcontext() if prelude is None else torch.no_grad():
+            with torch.no_grad() if prelude is not None and prelude.frozen else nullcontext():
                 attended, _ = self.self_attn(
                     hidden_states=self.input_layernorm(hidden_states),
                     attention_mask=attention_mask,
@@ -395,7 +401,7 @@ class LTMModel(LTMPreTrainedModel):
             if before and prelude.hidden_states is not None:
                 continue
             read = given[:, reading.index(index)] if index in reading else None
-            with torch.no_grad() if before else nullcontext():
+            with torch.no_grad() if before and prelude.frozen else nullcontext():
                 hidden_states = layer(
                     hidden_states,
                     read if latent_key_values is None else None,

@@ -225,13 +225,15 @@ def scored_tokens(input_ids, attention_mask=None, labels=None) -> torch.Tensor:
     return targets
 
 
+@dataclass
 class Prelude:
     """What the fast loop makes of a batch before it reads any latent: the same at every step for a frozen decoder.
 
     The first step fills it, without a graph, and later ones start from it. A compiled decoder leaves its own part, all
-    but the labels, empty: its graph would not be the same at the first step.
+    but the labels, empty: its graph would not be the same at the first step. With frozen=False there is a graph.
     """
 
+    frozen: bool = True
     labels: torch.Tensor | None = None  # (B, S), -100 where nothing is scored
     inputs: tuple[torch.Tensor, dict] | None = None  # of the layers: embeddings; mask, positions, rotary tables
     hidden_states: torch.Tensor | None = None  # (B, S, D), which enter the first cross-attention

@@ -55,6 +55,8 @@ def test_rope_theta_is_folded_in():
             dict(cross_attention_value_projection=False, head_dim=32),
             "cross_attention_value_projection.*got 8, 8, 32 and 512",
         ),
+        (dict(cross_attention_keys="values"), "cross_attention_keys must be latents or embeddings.*'values'"),
+        (dict(cross_attention_keys="embeddings"), "cross_attention_keys='embeddings' needs a latent_embedding_std"),
         (dict(latent_embedding_std=-1), "latent_embedding_std.*-1"),
         (dict(cross_attention_query_std=float("nan")), "cross_attention_query_std.*nan"),
         (dict(num_attention_heads=8, num_key_value_heads=3), "num_attention_heads.*num_key_value_heads"),

@@ -168,6 +168,25 @@ def test_queries_and_latent_keys_start_as_wide_as_asked(make_model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("projected", [True, False])
+def test_latents_found_by_their_embeddings(make_model, ids, latents, projected):
+    """What they hold moves no key: what is read is linear in them, and nothing at zero."""
+    model = make_model(
+        cross_attention_keys="embeddings",
+        latent_embedding_std=1.0,
+        cross_attention_value_projection=projected,
+        num_key_value_heads=4,
+    )
+    assert torch.equal(model(ids, latents=torch.zeros_like(latents)).logits, model(ids).logits)
+    one, other = (model.project_latents(factor * latents).unbind(dim=2) for factor in (1.0, 3.0))
+    assert torch.equal(one[0], other[0]) and one[0].std() > 0.1
+    close(3 * one[1], other[1])
+    named = make_model(**model.config.to_diff_dict() | {"cross_attention_keys": "latents"})
+    named.load_state_dict(model.state_dict())
+    close(named.project_latents(torch.zeros_like(latents))[:, :, 0], one[0])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("gate", [None, 0.5])
 def test_values_as_they_are(make_model, ids, latents, gate):
     """The layer whose projections of values and output are identities."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from ..flops import training_flops
+from ..flops import TrainingFlops, training_flops
 from .sharding import GATHER_DURING_INFERENCE
 
-SLOW_GRADIENTS = ("final", "trajectory", "unrolled")
+SLOW_GRADIENTS = ("final", "trajectory", "unrolled", "online")
 INFER_FROM = ("labels", "text", "prompt")
 SLOW_OPTIMIZERS = ("adamw", "muon")
 
@@ -58,7 +58,9 @@ class DualRateArguments:
             "help": "Latents that the decoder learns from: 'final', a sample of the fitted posterior (Algorithm 1), or "
             "'trajectory', the mean over the samples of all fast steps and the final one (as the released code does). "
             "'unrolled': each text's first quarter to three quarters are predicted without latents' help and latents "
-            "fitted to them, without noise; the rest is predicted from these, and the gradient goes through the fit.",
+            "fitted to them, without noise; the rest is predicted from these, and the gradient goes through the fit. "
+            "'online': each token is predicted from latents that one step fits to all tokens before it, and the "
+            "gradient goes through that step; for a model whose last layer alone reads latents, as they are.",
             "choices": SLOW_GRADIENTS,
         },
     )
@@ -146,6 +148,8 @@ class DualRateArguments:
         """The least and the most fast steps of a slow step of this model. Raises ValueError if least is above most."""
         if not config.num_latents or config.inference_method == "amortized":
             return 0, 0
+        if self.slow_gradient == "online":
+            return 1, 1
         most = config.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
         least = most if self.num_inference_steps_min is None else self.num_inference_steps_min
         if least > most:
@@ -156,18 +160,22 @@ class DualRateArguments:
         """Passes of the decoder in a slow step, on average: what `slow_gradient` says."""
         return 1 + (sum(self.inference_steps(config)) / 2 if self.slow_gradient == "trajectory" else 0)
 
-    @property
-    def fast_cost(self) -> float:
-        """Fast steps that one costs, on average: an unrolled one is of half a text, and gradients go through it."""
-        return 1.5 if self.slow_gradient == "unrolled" else 1.0
+    def fast_step_flops(self, flops: TrainingFlops) -> float:
+        """FLOPs a token of one fast step, on average, and of the gradient through it, if there is one.
+
+        An unrolled one is of half a text.
+        """
+        if self.slow_gradient == "online":
+            return flops.online_step
+        return flops.fast_step * (1.5 if self.slow_gradient == "unrolled" else 1)
 
     def step_flops(self, config, sequence_length: int) -> float:
         """FLOPs a token of a step of training, fast loop included, on average (see `flops.training_flops`)."""
         config = copy.deepcopy(config)
         least, config.num_inference_steps = self.inference_steps(config)
         flops, start = training_flops(config, sequence_length), self.inference_start_ratio
-        fast = self.fast_cost * (least + config.num_inference_steps) / 2
-        return start * flops.step(0) + (1 - start) * flops.step(fast, self.slow_passes(config))
+        fast = self.fast_step_flops(flops) * (least + config.num_inference_steps) / 2
+        return start * flops.step(0) + (1 - start) * (fast + flops.step(0, self.slow_passes(config)))
 
 
 @dataclass

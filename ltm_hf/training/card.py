@@ -239,7 +239,8 @@ def _cost(config, arguments, sequence_length: int, num_tokens: int | None) -> di
     trained.num_inference_steps = most
     flops = training_flops(trained, sequence_length)
     steps = (least + most) / 2 if flops.num_inference_steps else 0
-    training = flops.step(steps * (1 if arguments is None else arguments.fast_cost), passes)
+    fast = flops.fast_step if arguments is None else arguments.fast_step_flops(flops)
+    training = steps * fast + flops.step(0, passes)
     facts = {"forward": _flops(flops.forward)}
     if steps:
         facts["inference step"] = f"{_flops(flops.fast_step)}, {flops.fast_step / flops.forward:.1f} times a forward"

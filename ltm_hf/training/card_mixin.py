@@ -103,7 +103,7 @@ class ModelCardMixin:
             keys = {"no_latents": "loss"}
         elif self.model.config.inference_method == "langevin":
             keys |= {"nll": "nll"}  # which bounds nothing
-        elif self.args.infer_from != "prompt" and self.args.slow_gradient != "unrolled":
+        elif self.args.infer_from != "prompt" and self.args.slow_gradient not in ("unrolled", "online"):
             keys |= {"bound": "loss", "nll": "nll", "kl": "kl"}
         data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         found = {}

@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -13,6 +13,7 @@ from ..data import collate_blocks
 from ..flops import training_flops
 from ..posterior_ltm import (
     IGNORED,
+    Prelude,
     amortized_posterior,
     elbo,
     frozen,
@@ -25,6 +26,7 @@ from .card_mixin import ModelCardMixin
 from .divergence import DivergenceMixin
 from .monitor import fit_figures, peak_flops, trace_sums, variance_sums, watch
 from .muon import MuonWithAdamW
+from .online import check_online, no_latents, online_thoughts, reading
 from .order import DataOrderMixin
 from .sharding import accumulating, float32_reductions, gathered
 from .unrolled import split_labels, unrolled_posterior
@@ -71,12 +73,14 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         loss: -log p(x|z) at samples of the posterior that no fit has seen; kl: KL(q || prior);
         bound: loss + kl, which bounds the model's loss on the batches from above, before each was learned from; with
             infer_from="prompt" the loss alone, since z then follows from the prompt and is not paid for; and with
-            slow_gradient="unrolled", whose loss is exact: of a predictor that stops once to think;
+            slow_gradient="unrolled" or "online", whose loss is exact: of a predictor that stops once to think, or
+            thinks at every token ("online" fits no latents to a whole text: no kl is logged);
         perplexity_bound: exp(bound); gain: what the last batch's latents save, loss at no latents - loss;
     and inference_seconds (in the fast loop, a step), tokens_per_second (scored, all processes) and, on a GPU that
     `monitor.PEAK_TFLOPS` knows, mfu: the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
     Evaluation gives the same names on the whole set, and `eval_loss` is the bound; with slow_gradient="unrolled" the
-    exact loss of a predictor that thinks once, after half of the tokens. `eval_no_latents` is the exact loss
+    exact loss of a predictor that thinks once, after half of the tokens, and with "online" of one that takes a step at
+    every token. `eval_no_latents` is the exact loss
     of the plain decoder and, for rows that have a prompt, `eval_from_prompt` that of a predictor which reads the mean
     of q(z | prompt), as greedy generation does. Of the fast loop it gives `eval_elbo_trace`, the ELBO a token at each
     step, each with its own noise, and after the last one where infer_from="labels" (trackers, which take numbers, get
@@ -125,8 +129,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                     "process or DDP."
                 )
         least, _ = self.args.inference_steps(config)
-        if self._unrolls:
-            self._check_unrolling(config, least)
+        if self._predicts:
+            self._check_predicting(config, least)
         self._beside = None  # what this batch pays beside the loss given latents: nats with gradient, value, tokens
         self._sums = defaultdict(float)  # since the last log, on this process
         self._eval_sums = defaultdict(float)  # of all processes
@@ -137,11 +141,13 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         self.add_callback(_NoInputGradients)
         watch(self)
 
-    def _check_unrolling(self, config, least: int) -> None:
-        name, args = "slow_gradient='unrolled'", self.args
+    def _check_predicting(self, config, least: int) -> None:
+        name, args = f"slow_gradient={self.args.slow_gradient!r}", self.args
+        if args.slow_gradient == "online":
+            check_online(config)
         if config.inference_method != "variational" or args.infer_from != "labels" or least < 1:
             raise ValueError(
-                f"{name} fits latents to a prefix of what is scored by one step or more: it needs "
+                f"{name} fits latents to what is scored before, by one step or more: it needs "
                 "inference_method='variational', infer_from='labels' and num_inference_steps of at least 1."
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile or args.gradient_checkpointing:
@@ -175,13 +181,16 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             self._since = (self.state.global_step, time.perf_counter())
         self._sums["tokens"] += self._num_scored(inputs).sum().item()
         decoder = self.accelerator.unwrap_model(model, keep_torch_compile=True).train()
-        unread = []
+        unread, context = [], nullcontext()
         if decoder.config.num_latents and not self._infers:
             thoughts = [None]
             unread = [p for name, p in decoder.named_parameters() if ".cross_att" in name and p.requires_grad]
             if unread:  # DDP waits for the gradient of every parameter
                 self._beside = 0.0 * sum(p.sum() for p in unread), 0, 0
-        elif self._unrolls:
+        elif self._predicts and self.args.slow_gradient == "online":
+            read, prelude = self._think_online(decoder, inputs)
+            thoughts, context, inputs = [no_latents(decoder, inputs["input_ids"])], read, {**inputs, "prelude": prelude}
+        elif self._predicts:
             share = random.Random(self._seed(self.state.global_step + 1)).uniform(0.25, 0.75)
             prefix, rest = split_labels(**self._sequences(inputs), share=share)
             thoughts, inputs = self._think(decoder, {**inputs, "labels": prefix}), {**inputs, "labels": rest}
@@ -192,11 +201,12 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             num_items_in_batch = num_items_in_batch * len(thoughts)  # the losses below then add up to their mean
         loss = 0
         for number, latents in enumerate(thoughts, start=1):
-            with nullcontext() if number == len(thoughts) else accumulating(self.accelerator, model):
+            with context, nullcontext() if number == len(thoughts) else accumulating(self.accelerator, model):
                 loss += super().training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
         self._beside = None
         for parameter in unread:  # it has learned nothing: neither does it decay
             parameter.grad = None
+        inputs.pop("prelude", None)
         self._last_batch = {**inputs, "latents": None if thoughts[-1] is None else thoughts[-1].detach()}
         return loss if num_items_in_batch is not None else loss / len(thoughts)
 
@@ -244,7 +254,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         if decoder.config.inference_method == "amortized":
             posterior = amortized_posterior(decoder, **self._evidence(inputs))
             self._beside = self._kl_weight * posterior.kl_divergence().sum(), 0, 0
-        elif self._unrolls:
+        elif self._predicts:
             posterior, nats = unrolled_posterior(decoder, **drawn, **self._evidence(inputs))
             self._beside = nats, nats.detach(), self._num_scored(inputs).sum()
         else:
@@ -261,9 +271,20 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             self._sums["kl"] += posterior.kl_divergence().sum().item()
         self._sums["non_finite_rows"] += posterior.num_non_finite
         self._count_flops(self._evidence(inputs)["input_ids"], fast_steps=len(posterior.elbo_trace))
-        if self._unrolls:
+        if self._predicts:
             return [posterior.mean]
         return [*trajectory, *self._samples(posterior, seed)]
+
+    def _think_online(self, decoder, inputs) -> tuple[AbstractContextManager, Prelude]:
+        """What makes each token read latents of its own, and the prelude of the forward pass under it."""
+        start = time.perf_counter()
+        step_size = self._inference_learning_rate(decoder.config)
+        with self.compute_loss_context_manager():
+            thoughts, nats, prelude = online_thoughts(decoder, step_size, **self._sequences(inputs))
+        self._sums["inference_seconds"] += time.perf_counter() - start
+        self._sums["plain"] += nats.sum().item()
+        self._count_flops(inputs["input_ids"], fast_steps=1)
+        return reading(decoder, thoughts), prelude
 
     def _samples(self, posterior, seed: int) -> list[torch.Tensor]:
         """Of the fitted posterior, for the decoder to learn from."""
@@ -272,7 +293,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
     def _count_flops(self, input_ids, fast_steps=0, slow_steps=0) -> None:
         if self._peak_flops:
             cost = training_flops(self.model.config, input_ids.shape[1])
-            self._sums["flops"] += input_ids.numel() * cost.step(fast_steps * self.args.fast_cost, slow_steps)
+            fast = fast_steps * self.args.fast_step_flops(cost)
+            self._sums["flops"] += input_ids.numel() * (fast + cost.step(0, slow_steps))
 
     def _inference_learning_rate(self, config) -> float:
         """The step size of inference now, linear over training."""
@@ -324,8 +346,9 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         return self._has_kl and self.args.infer_from != "prompt"
 
     @property
-    def _unrolls(self) -> bool:
-        return self.args.slow_gradient == "unrolled" and bool(self.model.config.num_latents)
+    def _predicts(self) -> bool:
+        """Whether the gradient goes through inference, without noise: the loss is exact, of a predictor that thinks."""
+        return self.args.slow_gradient in ("unrolled", "online") and bool(self.model.config.num_latents)
 
     @property
     def _infers(self) -> bool:
@@ -359,7 +382,13 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager():
             plain = negative_log_likelihood(decoder, **sequences)
             rows = {"tokens": num_tokens, "plain": plain, "nll": plain, "kl": torch.zeros_like(plain)}
-            if self._unrolls:
+            if self._predicts and self.args.slow_gradient == "online":
+                step_size = self._inference_learning_rate(decoder.config)
+                thoughts, _, _ = online_thoughts(decoder, step_size, **sequences)
+                with reading(decoder, thoughts):
+                    latents = no_latents(decoder, sequences["input_ids"])
+                    rows["nll"] = negative_log_likelihood(decoder, **sequences, latents=latents)
+            elif self._predicts:
                 first, rest = split_labels(**sequences)
                 posterior = infer_posterior(decoder, **sequences | {"labels": first}, **fit)
                 rows["nll"] = sum(
@@ -406,7 +435,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             figures["perplexity_bound"] = _exp(bound)
         if self.model.config.num_latents:
             figures |= {"nll": nll, "no_latents": plain, "gain": plain - nll}
-            if self._has_kl and not self._unrolls:
+            if self._has_kl and not self._predicts:
                 figures |= {"kl": kl, **fit_figures(fit_sums)}
             if fit_sums["non_finite_rows"]:
                 figures["non_finite_rows"] = fit_sums["non_finite_rows"]
@@ -439,10 +468,11 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         sums = self._reduced(self._sums)
         figures = {"tokens_per_second": sums["tokens"] / seconds}
         kl = sums["kl"] / max(1, sums["tokens"])
-        bound = loss if self._unrolls else loss + kl * self._pays_kl
+        bound = loss if self._predicts else loss + kl * self._pays_kl
         if self.model.config.num_latents:
-            figures |= {"kl": kl, "bound": bound} if self._has_kl else {}
-            figures["gain"] = self._gain()
+            online = self.args.slow_gradient == "online"  # which fits no latents to a whole text
+            figures |= {"bound": bound} | ({} if online else {"kl": kl}) if self._has_kl else {}
+            figures["gain"] = sums["plain"] / max(1, sums["tokens"]) - loss if online else self._gain()
             figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
             if sums["non_finite_rows"]:
                 figures["non_finite_rows"] = sums["non_finite_rows"]
