@@ -280,11 +280,17 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         start = time.perf_counter()
         step_size = self._inference_learning_rate(decoder.config)
         with self.compute_loss_context_manager():
-            thoughts, nats, prelude = online_thoughts(decoder, step_size, **self._sequences(inputs))
+            thoughts, _, prelude = online_thoughts(decoder, step_size, **self._sequences(inputs))
         self._sums["inference_seconds"] += time.perf_counter() - start
-        self._sums["plain"] += nats.sum().item()
         self._count_flops(inputs["input_ids"], fast_steps=1)
         return reading(decoder, thoughts), prelude
+
+    def _online_nll(self, decoder, sequences) -> torch.Tensor:
+        """(B,) nats, each token given latents that one step has fitted to all tokens before it."""
+        thoughts, _, _ = online_thoughts(decoder, self._inference_learning_rate(decoder.config), **sequences)
+        with reading(decoder, thoughts):
+            latents = no_latents(decoder, sequences["input_ids"])
+            return negative_log_likelihood(decoder, **sequences, latents=latents)
 
     def _samples(self, posterior, seed: int) -> list[torch.Tensor]:
         """Of the fitted posterior, for the decoder to learn from."""
@@ -383,11 +389,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             plain = negative_log_likelihood(decoder, **sequences)
             rows = {"tokens": num_tokens, "plain": plain, "nll": plain, "kl": torch.zeros_like(plain)}
             if self._predicts and self.args.slow_gradient == "online":
-                step_size = self._inference_learning_rate(decoder.config)
-                thoughts, _, _ = online_thoughts(decoder, step_size, **sequences)
-                with reading(decoder, thoughts):
-                    latents = no_latents(decoder, sequences["input_ids"])
-                    rows["nll"] = negative_log_likelihood(decoder, **sequences, latents=latents)
+                rows["nll"] = self._online_nll(decoder, sequences)
             elif self._predicts:
                 first, rest = split_labels(**sequences)
                 posterior = infer_posterior(decoder, **sequences | {"labels": first}, **fit)
@@ -472,7 +474,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         if self.model.config.num_latents:
             online = self.args.slow_gradient == "online"  # which fits no latents to a whole text
             figures |= {"bound": bound} | ({} if online else {"kl": kl}) if self._has_kl else {}
-            figures["gain"] = sums["plain"] / max(1, sums["tokens"]) - loss if online else self._gain()
+            figures["gain"] = self._gain()
             figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
             if sums["non_finite_rows"]:
                 figures["non_finite_rows"] = sums["non_finite_rows"]
@@ -489,11 +491,14 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         decoder = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=True)
         sequences = self._sequences(self._last_batch)
         with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager(), frozen(decoder):
-            plain, thinking = (  # no dropout
-                negative_log_likelihood(decoder, **sequences, latents=latents).sum().item()
-                for latents in (None, self._last_batch["latents"])
-            )
-        sums = self._reduced({"saved": plain - thinking, "tokens": self._num_scored(self._last_batch).sum().item()})
+            latents = self._last_batch["latents"]
+            plain = negative_log_likelihood(decoder, **sequences)  # no dropout
+            if latents is not None and self.args.slow_gradient == "online":
+                thinking = self._online_nll(decoder, sequences)
+            else:
+                thinking = negative_log_likelihood(decoder, **sequences, latents=latents)
+        saved = (plain - thinking).sum().item()
+        sums = self._reduced({"saved": saved, "tokens": self._num_scored(self._last_batch).sum().item()})
         return sums["saved"] / max(1, sums["tokens"])
 
     def _reduced(self, sums) -> dict[str, float]:

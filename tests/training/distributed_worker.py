@@ -79,7 +79,7 @@ def make_trainer(name, model=None, rows=None, trainer_class=LTMTrainer, **argume
 
 def logs(trainer):
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {name: [float(entry[name]) for entry in entries] for name in FIGURES}
+    return {name: [float(entry[name]) for entry in entries] for name in FIGURES if name in entries[-1]}
 
 
 def evaluations(trainer):
@@ -263,6 +263,21 @@ def unrolled():
     return logs(train("unrolled", model=model, slow_gradient="unrolled", inference_start_ratio=0.3))
 
 
+def online():
+    if MODE not in ("single", "ddp"):
+        return None
+    model = make_model(
+        num_key_value_heads=None,
+        cross_attention_layers=[-1],
+        cross_attention_keys="embeddings",
+        cross_attention_rotary=False,
+        cross_attention_value_projection=False,
+        latent_embedding_std=1.0,
+        inference_learning_rate=0.05,
+    )
+    return logs(train("online", model=model, slow_gradient="online", inference_start_ratio=0.3))
+
+
 class CountsGathers(LTMTrainer):
     def _think(self, decoder, inputs):
         with launching.AllGathers() as counter:
@@ -299,6 +314,7 @@ CASES = {
     "interrupted": interrupted,
     "amortized": amortized,
     "unrolled": unrolled,
+    "online": online,
     "gathers": gathers,
 }
 

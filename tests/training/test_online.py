@@ -52,15 +52,12 @@ def by_the_fast_loop(model, ids, token, every=1):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("every", [1, 3, 5])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("every", "side"), [(1, "left"), (1, "right"), (3, "right"), (5, "right")])
 def test_every_token_reads_what_the_fast_loop_finds(model, ids, every, side):
     pad = torch.zeros(1, 2, dtype=torch.long)
     tokens, known = ids[:1], torch.ones_like(ids[:1])
     pieces = [(tokens, known), (pad, pad)]
     rows, mask = (torch.cat(part, dim=1) for part in zip(*(pieces if side == "right" else pieces[::-1]), strict=True))
-    if side == "left" and every > 1:
-        pytest.skip("columns are counted from the first, padding too")
     thoughts, nats, _ = online_thoughts(model, 0.7, rows, mask, every=every)
     with reading(model, thoughts):
         logits = model(rows, mask, latents=no_latents(model, rows)).logits[mask.bool()]
@@ -139,8 +136,8 @@ def test_batch_and_accumulation_are_the_same_training(make_model, make_ids, make
         )
         trainer.train()
         logs = trainer.state.log_history[:3]
-        figures.append([entry[name] for entry in logs for name in ("loss", "gain", "grad_norm")])
-    assert figures[0] == pytest.approx(figures[1], rel=1e-4, abs=1e-6)
+        figures.append([entry[name] for entry in logs for name in ("loss", "grad_norm")])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("shape", [dict(), dict(num_hidden_layers=3, num_latents=9, hidden_size=32)])
