@@ -36,7 +36,7 @@ TINY = dict(
     eval_steps=125,
     save_strategy="no",
 )
-MEMORY = dict(slow_gradient="unrolled", inference_start_ratio=0.33)
+MEMORY = dict(slow_gradient="unrolled")
 RECIPES = {
     "ltm-tiny": TINY,
     "ltm-tiny-memory": TINY | MEMORY,

@@ -23,13 +23,14 @@ _MEMORY = dict(
     num_latents=64,
     cross_attention_layers=[-1],
     cross_attention_rotary=False,
+    cross_attention_keys="embeddings",
     cross_attention_value_projection=False,
     cross_attention_gate_init=0.2,
     latent_embedding_std=1.0,
     inference_optimizer="map",
     inference_learning_rate=0.5,
     inference_lr_schedule="inverse",
-    num_inference_steps=2,
+    num_inference_steps=1,
 )
 
 _TINY = dict(

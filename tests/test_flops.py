@@ -123,7 +123,7 @@ def test_a_frozen_fast_step_is_about_two_forwards(preset):
     config = preset_config(preset)
     dense, window = (training_flops(config, attention=kind) for kind in ("dense", "window"))
     assert window.fast_step <= 2.1 * window.forward and dense.fast_step <= 2.1 * dense.forward
-    assert dense.training_step < 0.8 * paper_training_flops(config)
+    assert dense.training_step < 0.85 * paper_training_flops(config)
 
 
 # ------------------------------------------------------------------ errors and the table

@@ -123,7 +123,7 @@ def test_trains_latents_as_a_memory(run, tmp_path):
     result = run(
         EXAMPLES / "pretrain.py", "--preset", "ltm-tiny-memory", "--files", write_story(tmp_path / "story.jsonl"),
         "--train_tokenizer", 270, "--use_cpu", "--max_steps", 3, "--logging_steps", 1, "--eval_blocks", 2,
-        "--output_dir", tmp_path / "out", "--config_overrides", SMALL % 32,
+        "--output_dir", tmp_path / "out", "--config_overrides", SMALL % 32, "--inference_start_ratio", 0.33,
     )  # fmt: skip
     rows = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("| ")]
     assert {"reinfer-32", "no_latents", "prefix", "prefix_no_latents"} <= set(rows) and "bound" not in rows
