@@ -187,7 +187,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             unread = [p for name, p in decoder.named_parameters() if ".cross_att" in name and p.requires_grad]
             if unread:  # DDP waits for the gradient of every parameter
                 self._beside = 0.0 * sum(p.sum() for p in unread), 0, 0
-        elif self._predicts and self.args.slow_gradient == "online":
+        elif self._online:
             read, prelude = self._think_online(decoder, inputs)
             thoughts, context, inputs = [no_latents(decoder, inputs["input_ids"])], read, {**inputs, "prelude": prelude}
         elif self._predicts:
@@ -357,6 +357,10 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         return self.args.slow_gradient in ("unrolled", "online") and bool(self.model.config.num_latents)
 
     @property
+    def _online(self) -> bool:
+        return self._predicts and self.args.slow_gradient == "online"
+
+    @property
     def _infers(self) -> bool:
         """Whether this step of training has a fast loop."""
         return self.state.global_step >= self.args.inference_start_ratio * self.state.max_steps
@@ -388,7 +392,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager():
             plain = negative_log_likelihood(decoder, **sequences)
             rows = {"tokens": num_tokens, "plain": plain, "nll": plain, "kl": torch.zeros_like(plain)}
-            if self._predicts and self.args.slow_gradient == "online":
+            if self._online:
                 rows["nll"] = self._online_nll(decoder, sequences)
             elif self._predicts:
                 first, rest = split_labels(**sequences)
@@ -472,8 +476,9 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         kl = sums["kl"] / max(1, sums["tokens"])
         bound = loss if self._predicts else loss + kl * self._pays_kl
         if self.model.config.num_latents:
-            online = self.args.slow_gradient == "online"  # which fits no latents to a whole text
-            figures |= {"bound": bound} | ({} if online else {"kl": kl}) if self._has_kl else {}
+            figures |= {"kl": kl, "bound": bound} if self._has_kl else {}
+            if self._online:  # no latents are fitted to a whole text
+                del figures["kl"]
             figures["gain"] = self._gain()
             figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
             if sums["non_finite_rows"]:
@@ -493,7 +498,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager(), frozen(decoder):
             latents = self._last_batch["latents"]
             plain = negative_log_likelihood(decoder, **sequences)  # no dropout
-            if latents is not None and self.args.slow_gradient == "online":
+            if latents is not None and self._online:
                 thinking = self._online_nll(decoder, sequences)
             else:
                 thinking = negative_log_likelihood(decoder, **sequences, latents=latents)
