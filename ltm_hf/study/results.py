@@ -111,6 +111,9 @@ def _thinking(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str
         for kind in ("bound", "prefix"):
             values = [f"{estimate(by_model[name], f'{kind}@{number}').value:.4f}" for number in steps]
             rows.append([name, kind, *values])
+        if reference := by_model.get(study.reference):
+            above = [str(estimate(by_model[name], f"prefix@{number}", reference, "prefix_exact")) for number in steps]
+            rows.append([name, "prefix, difference", *above])
     return markdown_rows(rows)
 
 

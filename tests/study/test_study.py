@@ -89,7 +89,7 @@ def test_cells_are_kept_and_what_they_are(study, folder, grid):
     assert not (folder / "letters" / "natural-lbfgs" / "1" / "training.json").exists()
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
     words = (folder / "README.md").read_text()
-    assert words.count("| natural ") == 2 + 2  # in both tables of costs, and its two lines of thinking
+    assert words.count("| natural ") == 2 + 3  # in both tables of costs, and its three lines of thinking
     assert "equal training FLOPs" in words and "| longer " in words
 
 
