@@ -157,15 +157,13 @@ class LTMCrossAttention(nn.Module):
         self, latents: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """(B, N, D) latents to (B, 2, K, N, d): rotated keys, then values."""
-        if self.config.cross_attention_keys == "embeddings":
-            sources = self.latent_embeddings(torch.zeros_like(latents)), latents
-        else:
-            sources = 2 * (self.latent_embeddings(latents),)
         heads, dtype = (*latents.shape[:-1], -1, self.head_dim), position_embeddings[0].dtype
-        keys, values = (
-            project(source.to(dtype)).view(heads).transpose(1, 2)
-            for project, source in zip((self.k_proj, self.v_proj), sources, strict=True)
-        )
+        if self.config.cross_attention_keys == "embeddings":
+            keys, values = self.latent_embeddings(torch.zeros_like(latents)).to(dtype), latents.to(dtype)
+        else:
+            keys = values = self.latent_embeddings(latents).to(dtype)
+        keys = self.k_proj(keys).view(heads).transpose(1, 2)
+        values = self.v_proj(values).view(heads).transpose(1, 2)
         if self.config.cross_attention_rotary:
             keys = apply_rotary(keys, tuple(table.to(keys.device) for table in position_embeddings))
         return torch.stack((keys, values), dim=1)
