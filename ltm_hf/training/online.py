@@ -31,18 +31,15 @@ def online_thoughts(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
-    every: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor, Prelude]:
+) -> tuple[torch.Tensor, Prelude]:
     """What each token reads of latents that one step of "map" from z = 0 fits to the tokens before it, for all at once.
 
     A token's latents are -ρ Σ_s a_s ⊗ e_s, over tokens s whose next is known, with attention weights a (a row for each
     head) and errors e, the gradient of the next token's nats in what token s reads. So token t reads
     -ρ Σ_s (a_t · a_s) e_s: causal attention without a softmax, whose memory is of a constant size.
 
-    every: tokens after which latents are fitted anew, counted from the first column.
-
-    Returns thoughts (B, S, D), for `reading`; the (B,) nats of the scored tokens at z = 0; and the prelude of the
-    batch. All have a graph where the decoder learns: the gradient goes through the step.
+    Returns thoughts (B, S, D), for `reading`, and the prelude of the batch. Both have a graph where the decoder learns:
+    the gradient goes through the step.
     """
     learns, prelude = torch.is_grad_enabled(), Prelude(frozen=False)
     nothing = torch.zeros(*input_ids.shape, model.config.hidden_size, device=input_ids.device, requires_grad=True)
@@ -50,12 +47,11 @@ def online_thoughts(
         latents = no_latents(model, input_ids)
         nats = negative_log_likelihood(model, input_ids, latents, attention_mask, labels, prelude=prelude)
         (errors,) = torch.autograd.grad(nats.sum(), nothing, create_graph=learns)
-    layer, time = model.get_decoder().layers[-1], torch.arange(input_ids.shape[1], device=input_ids.device)
+    layer = model.get_decoder().layers[-1]
     weights = _attention_weights(layer.cross_attn, layer.cross_attention_layernorm(prelude.hidden_states))
-    seen = time < (time // every * every)[:, None]  # (S, S): whether token t was fitted to what followed token s
-    alike = (weights @ weights.transpose(-1, -2)).masked_fill(~seen, 0.0)
+    alike = (weights @ weights.mT).tril(-1)  # (B, H, S, S): of the tokens whose next one is known
     errors = errors.to(alike.dtype).unflatten(-1, (alike.shape[1], -1)).transpose(1, 2)
-    return -step_size * (alike @ errors).transpose(1, 2).flatten(2), nats, prelude
+    return -step_size * (alike @ errors).transpose(1, 2).flatten(2), prelude
 
 
 def no_latents(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

@@ -280,17 +280,17 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         start = time.perf_counter()
         step_size = self._inference_learning_rate(decoder.config)
         with self.compute_loss_context_manager():
-            thoughts, _, prelude = online_thoughts(decoder, step_size, **self._sequences(inputs))
+            thoughts, prelude = online_thoughts(decoder, step_size, **self._sequences(inputs))
         self._sums["inference_seconds"] += time.perf_counter() - start
         self._count_flops(inputs["input_ids"], fast_steps=1)
         return reading(decoder, thoughts), prelude
 
     def _online_nll(self, decoder, sequences) -> torch.Tensor:
         """(B,) nats, each token given latents that one step has fitted to all tokens before it."""
-        thoughts, _, _ = online_thoughts(decoder, self._inference_learning_rate(decoder.config), **sequences)
+        thoughts, prelude = online_thoughts(decoder, self._inference_learning_rate(decoder.config), **sequences)
         with reading(decoder, thoughts):
             latents = no_latents(decoder, sequences["input_ids"])
-            return negative_log_likelihood(decoder, **sequences, latents=latents)
+            return negative_log_likelihood(decoder, **sequences, latents=latents, prelude=prelude)
 
     def _samples(self, posterior, seed: int) -> list[torch.Tensor]:
         """Of the fitted posterior, for the decoder to learn from."""

@@ -273,7 +273,7 @@ def online():
         cross_attention_rotary=False,
         cross_attention_value_projection=False,
         latent_embedding_std=1.0,
-        inference_learning_rate=0.05,
+        inference_learning_rate=0.5,
     )
     return logs(train("online", model=model, slow_gradient="online", inference_start_ratio=0.3))
 
