@@ -102,6 +102,9 @@ class LTMConfig(PreTrainedConfig):
             their way out, as in the paper. Without, the residual stream gets what is read of the latents as they are,
             times the gate: a layer of few parameters. Each head then needs keys of its own, and all heads together must
             be as wide as `hidden_size`.
+        cross_attention_after_mlp: a layer that reads latents does so after its MLP, and not between its self-attention
+            and it, as in the paper. In the last layer, what inference computes anew at each step is then little more
+            than the vocabulary's projection.
         cross_attention_gate_init: start value of a learned gate for each channel of the cross-attention's output;
             `None` is the paper's layer, which has no gate.
 
@@ -181,6 +184,7 @@ class LTMConfig(PreTrainedConfig):
     cross_attention_keys: str = "latents"
     cross_attention_query_std: float | int | None = None
     cross_attention_value_projection: bool = True
+    cross_attention_after_mlp: bool = False
     cross_attention_gate_init: float | int | None = 0.1
 
     inference_method: str = "variational"

@@ -71,6 +71,7 @@ class TrainingFlops:
     slow_step: a forward and the gradient of all weights, at latents that need none; with an encoder, all of its work
         and the latents' gradient.
     num_inference_steps: fast steps of a training step.
+    unrolled_step: what slow_gradient="unrolled" costs for each fast step, fitted to half of the tokens, to 1 in 100.
     online_step: what slow_gradient="online" costs beside the slow step; of a model that it can train.
     """
 
@@ -78,6 +79,7 @@ class TrainingFlops:
     fast_step: float
     slow_step: float
     num_inference_steps: int
+    unrolled_step: float = 0.0
     online_step: float = 0.0
 
     @property
@@ -129,12 +131,16 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
     if config.latent_embedding_std is None:  # the slow step's latents need no gradient
         weights_backward -= len(reading) * latent_projections
     # What comes before the first cross-attention, and its queries, are constant.
-    before = min(reading, default=0)
-    latents_backward = linear - before * (projections + mlp) - projections - cross_query
+    before, mlp_before = min(reading, default=0), mlp if config.cross_attention_after_mlp else 0
+    latents_backward = linear - before * (projections + mlp) - projections - mlp_before - cross_query
     latents_backward += 2 * (attended - (before + 1) * scores) - cross_scores // 2
     fast_step = forward + latents_backward - 2 * head if config.num_latents else 0  # the last token predicts nothing
+    constant = before * (projections + scores + mlp) + projections + scores + mlp_before
+    # Of a decoder that learns, what depends on latents, the logits of half of the tokens, and the gradient of both; the
+    # slow step is spared these logits.
+    unrolled_step = 3 * (fast_step - constant - (tokens - 1) * head)
+    unrolled_step -= 3 * (tokens - 1) * head / 2 / max(1, config.num_inference_steps)
     if fast_step and config.num_inference_steps:  # and is computed once for all steps
-        constant = before * (projections + scores + mlp) + projections + scores
         fast_step -= constant * (1 - 1 / config.num_inference_steps)
     slow_step = forward + weights_backward
     if _has_encoder(config):
@@ -144,7 +150,7 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
         slow_step += len(reading) * latent_projections + 3 * encoder
     # A forward above the last cross-attention, the gradient of what it reads, and the gradient of both; attention of
     # the tokens to each other; and two cross-attentions whose output is not used, but none that learns.
-    online_step = 6 * (mlp + (tokens - 1) * head) + 2 * cross_query - cross_scores - latent_projections
+    online_step = 6 * (mlp - mlp_before + (tokens - 1) * head) + 2 * cross_query - cross_scores - latent_projections
     online_step += 6 * tokens * (queries + tokens * config.num_attention_heads) * config.latents_per_layer
     online_step += 6 * tokens**2 * queries
     return TrainingFlops(
@@ -152,6 +158,7 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
         fast_step=fast_step / tokens,
         slow_step=slow_step / tokens,
         num_inference_steps=config.num_inference_steps if fast_step else 0,
+        unrolled_step=unrolled_step / tokens if fast_step else 0,
         online_step=online_step / tokens if fast_step else 0,
     )
 

@@ -214,6 +214,7 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
         self.mlp = MistralMLP(config)
         self.input_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.reads_after_mlp = reads_latents and config.cross_attention_after_mlp
         if reads_latents:
             self.cross_attn = LTMCrossAttention(config)
             self.cross_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -245,6 +246,8 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
                     **kwargs,
                 )
                 hidden_states = hidden_states + attended
+                if self.reads_after_mlp:
+                    hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
             if prelude is not None:
                 prelude.hidden_states = hidden_states
         else:
@@ -257,8 +260,9 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
                 self.cross_attention_layernorm(hidden_states), latent_key_values, position_embeddings
             )
             hidden_states = hidden_states + self.cross_attention_gate(thought)
-
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if not self.reads_after_mlp:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
 
 
 class LTMPreTrainedModel(PreTrainedModel):
@@ -493,10 +497,10 @@ def token_losses(
 
     A head that is frozen, or used without a graph, gets the scored tokens alone, a chunk at a time. All tokens at once
     go to one that learns or is compiled, and to one with hooks, which may count calls or gather weights at each.
-    prelude: of these targets, to keep in it which are scored.
+    prelude: of these targets, to keep in it which are scored; then one that learns gets these alone, too.
     """
-    hooked = head._forward_hooks or head._forward_pre_hooks
-    if _learns(head) or hooked or torch.compiler.is_compiling():
+    hooked, learns = head._forward_hooks or head._forward_pre_hooks, _learns(head)
+    if (learns and prelude is None) or hooked or torch.compiler.is_compiling():
         logits = head(hidden_states)
         losses = F.cross_entropy(
             logits.float().flatten(0, 1),
@@ -513,7 +517,10 @@ def token_losses(
         if prelude is not None:
             prelude.scored = scored
     places, wanted = scored
-    losses = _FrozenHeadLosses.apply(hidden_states[places], wanted, head)
+    if learns:  # with gradients of gradients
+        losses = F.cross_entropy(head(hidden_states[places]).float(), wanted, reduction="none")
+    else:
+        losses = _FrozenHeadLosses.apply(hidden_states[places], wanted, head)
     return losses.new_zeros(targets.shape).index_put(places, losses)
 
 

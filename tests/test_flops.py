@@ -25,6 +25,7 @@ VARIANTS = {
     "latent embeddings": dict(latent_embedding_std=1.0),
     "last layer": dict(cross_attention_layers=[1], cross_attention_rotary=False, cross_attention_query_std=0.2),
     "values as they are": dict(cross_attention_value_projection=False),
+    "after the MLP": dict(cross_attention_after_mlp=True, num_hidden_layers=3, cross_attention_layers=[1, 2]),
     "some layers": dict(num_hidden_layers=4, cross_attention_layers=[1, 3], latent_embedding_std=1.0),
     "grouped queries": dict(num_key_value_heads=2),
     "head_dim": dict(head_dim=6, num_key_value_heads=1),

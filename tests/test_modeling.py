@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from ltm_hf.posterior_ltm import Prelude, negative_log_likelihood
+
 
 @pytest.fixture
 def latents(model):
@@ -184,6 +186,35 @@ def test_latents_found_by_their_embeddings(make_model, ids, latents, projected):
     named = make_model(**model.config.to_diff_dict() | {"cross_attention_keys": "latents"})
     named.load_state_dict(model.state_dict())
     close(named.project_latents(torch.zeros_like(latents))[:, :, 0], one[0])
+
+
+@pytest.mark.parametrize("layers", [None, [0], [-1]])
+def test_cross_attention_after_the_mlp(make_model, ids, layers):
+    """By hand; and the fast loop, which computes what comes before once, against one that computes all anew."""
+    model = make_model(cross_attention_after_mlp=True, cross_attention_layers=layers, num_hidden_layers=2)
+    latents = torch.randn(len(ids), *model.config.latent_shape, generator=torch.Generator().manual_seed(0))
+    positions = model.model.rotary_emb(model.model.norm.weight, torch.arange(ids.shape[1])[None])
+    tables, reads = model.model.latent_position_embeddings(model.model.norm.weight), model.config.reading_layers
+    states = model.model.embed_tokens(ids)
+    mask = model.model._layer_inputs(None, states, None, None, None, False, True)[2]["attention_mask"]
+    for number, layer in enumerate(model.model.layers):
+        normed = layer.input_layernorm(states)
+        states = states + layer.self_attn(normed, attention_mask=mask, position_embeddings=positions)[0]
+        states = states + layer.mlp(layer.post_attention_layernorm(states))
+        if number in reads:
+            projected = layer.cross_attn.project_latents(latents[:, reads.index(number)], tables)
+            thought, _ = layer.cross_attn(layer.cross_attention_layernorm(states), projected, positions)
+            states = states + layer.cross_attention_gate(thought)
+    close(model(ids, latents=latents).logits, model.lm_head(model.model.norm(states)))
+
+    shared, anew = Prelude(), []
+    for scale in (0.5, 2.0):
+        z = (scale * latents).requires_grad_()
+        for prelude in (shared, None):
+            nats = negative_log_likelihood(model, ids, z, prelude=prelude)
+            anew.append(torch.cat((nats, torch.autograd.grad(nats.sum(), z)[0].flatten())))
+    close(anew[0], anew[1])
+    close(anew[2], anew[3])
 
 
 @torch.no_grad()

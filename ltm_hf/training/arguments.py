@@ -161,13 +161,9 @@ class DualRateArguments:
         return 1 + (sum(self.inference_steps(config)) / 2 if self.slow_gradient == "trajectory" else 0)
 
     def fast_step_flops(self, flops: TrainingFlops) -> float:
-        """FLOPs a token of one fast step, on average, and of the gradient through it, if there is one.
-
-        An unrolled one is of half a text.
-        """
-        if self.slow_gradient == "online":
-            return flops.online_step
-        return flops.fast_step * (1.5 if self.slow_gradient == "unrolled" else 1)
+        """FLOPs a token of one fast step, on average, and of the gradient through it, if there is one."""
+        steps = {"unrolled": flops.unrolled_step, "online": flops.online_step}
+        return steps.get(self.slow_gradient, flops.fast_step)
 
     def step_flops(self, config, sequence_length: int) -> float:
         """FLOPs a token of a step of training, fast loop included, on average (see `flops.training_flops`)."""

@@ -193,7 +193,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         elif self._predicts:
             share = random.Random(self._seed(self.state.global_step + 1)).uniform(0.25, 0.75)
             prefix, rest = split_labels(**self._sequences(inputs), share=share)
-            thoughts, inputs = self._think(decoder, {**inputs, "labels": prefix}), {**inputs, "labels": rest}
+            thought, prelude = self._think_unrolled(decoder, {**inputs, "labels": prefix})
+            thoughts, inputs = [thought], {**inputs, "labels": rest, "prelude": prelude}
         else:
             thoughts = self._think(decoder, inputs)
         self._count_flops(inputs["input_ids"], slow_steps=len(thoughts))
@@ -247,33 +248,44 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         seed = self._seed(self.state.global_step + 1)
         trajectory = []  # the samples that the decoder learns from beside the last
         keep = self.args.slow_gradient == "trajectory"
-        drawn = {
-            "num_inference_steps": random.Random(seed).randint(*self.args.inference_steps(decoder.config)),
-            "inference_learning_rate": self._inference_learning_rate(decoder.config),
-        }
         if decoder.config.inference_method == "amortized":
             posterior = amortized_posterior(decoder, **self._evidence(inputs))
             self._beside = self._kl_weight * posterior.kl_divergence().sum(), 0, 0
-        elif self._predicts:
-            posterior, nats = unrolled_posterior(decoder, **drawn, **self._evidence(inputs))
-            self._beside = nats, nats.detach(), self._num_scored(inputs).sum()
         else:
             with gathered(decoder, self.args.gather_during_inference, keep=True):
                 posterior = infer_posterior(
                     decoder,
                     **self._evidence(inputs),
-                    **drawn,
+                    **self._drawn(decoder.config, seed),
                     seed=seed,
                     callback=(lambda step, latents, elbo: trajectory.append(latents)) if keep else None,
                 )
+        self._count_inference(posterior, self._evidence(inputs)["input_ids"], start)
+        return [*trajectory, *self._samples(posterior, seed)]
+
+    def _count_inference(self, posterior, input_ids, start: float) -> None:
         self._sums["inference_seconds"] += time.perf_counter() - start
         if self._has_kl:
             self._sums["kl"] += posterior.kl_divergence().sum().item()
         self._sums["non_finite_rows"] += posterior.num_non_finite
-        self._count_flops(self._evidence(inputs)["input_ids"], fast_steps=len(posterior.elbo_trace))
-        if self._predicts:
-            return [posterior.mean]
-        return [*trajectory, *self._samples(posterior, seed)]
+        self._count_flops(input_ids, fast_steps=len(posterior.elbo_trace))
+
+    def _drawn(self, config, seed: int) -> dict:
+        """How many steps of inference, and their size."""
+        return {
+            "num_inference_steps": random.Random(seed).randint(*self.args.inference_steps(config)),
+            "inference_learning_rate": self._inference_learning_rate(config),
+        }
+
+    def _think_unrolled(self, decoder, inputs) -> tuple[torch.Tensor, Prelude]:
+        """Latents fitted to the labels, which are a prefix's, and the prelude of the forward pass that reads them."""
+        start = time.perf_counter()
+        drawn = self._drawn(decoder.config, self._seed(self.state.global_step + 1))
+        with self.compute_loss_context_manager():
+            posterior, nats, prelude = unrolled_posterior(decoder, **drawn, **self._sequences(inputs))
+        self._beside = nats, nats.detach(), self._num_scored(inputs).sum()
+        self._count_inference(posterior, inputs["input_ids"], start)
+        return posterior.mean, prelude
 
     def _think_online(self, decoder, inputs) -> tuple[AbstractContextManager, Prelude]:
         """What makes each token read latents of its own, and the prelude of the forward pass under it."""

@@ -6,7 +6,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..configuration_ltm import InferenceSettings
-from ..posterior_ltm import IGNORED, LatentPosterior, MAPInference, negative_log_likelihood, scored_tokens, step_size
+from ..posterior_ltm import (
+    IGNORED,
+    LatentPosterior,
+    MAPInference,
+    Prelude,
+    negative_log_likelihood,
+    scored_tokens,
+    step_size,
+)
 
 
 def split_labels(
@@ -30,26 +38,25 @@ def unrolled_posterior(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
-) -> tuple[LatentPosterior, torch.Tensor]:
+) -> tuple[LatentPosterior, torch.Tensor, Prelude]:
     """What `infer_posterior` gives with inference_optimizer="map" from z = 0.
 
     The model's weights learn, and their gradient goes through the steps, as in MAML (Finn et al. 2017). Step sizes are
-    as the model's schedule has them. Returns with it the nats of all scored tokens at z = 0, where the steps begin.
+    as the model's schedule has them. Returns with it the nats of all scored tokens at z = 0, where the steps begin; and
+    the prelude of these tokens, for another pass with other labels.
     """
     settings = InferenceSettings.of(
         model.config, num_inference_steps=num_inference_steps, inference_learning_rate=inference_learning_rate
     )
-    scored = scored_tokens(input_ids, attention_mask, labels) != IGNORED
-    # The decoder is causal: what comes after the last token to explain need not be read.
-    width = 2 + int((scored.any(dim=0) * torch.arange(scored.shape[1], device=scored.device)).max())
-    given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    given = {name: None if tensor is None else tensor[:, :width] for name, tensor in given.items()}
+    prelude = Prelude(frozen=False)
     mean = torch.zeros(len(input_ids), *model.config.latent_shape, device=input_ids.device, requires_grad=True)
     optimizer, trace = MAPInference(mean, torch.zeros_like(mean), settings), []
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
         for step in range(num_inference_steps):
-            nll = negative_log_likelihood(model, **given, latents=optimizer.mean)
+            nll = negative_log_likelihood(model, input_ids, optimizer.mean, attention_mask, labels, prelude)
             trace.append(nll)
             (gradient,) = torch.autograd.grad(nll.sum(), optimizer.mean, create_graph=True)
             optimizer.update(gradient, None, step_size(settings, step))
-    return LatentPosterior(optimizer.mean, optimizer.log_variance, -torch.stack(trace).detach()), trace[0].sum()
+    prelude.labels = prelude.scored = None
+    posterior = LatentPosterior(optimizer.mean, optimizer.log_variance, -torch.stack(trace).detach())
+    return posterior, trace[0].sum(), prelude

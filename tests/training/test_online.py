@@ -136,7 +136,9 @@ def test_batch_and_accumulation_are_the_same_training(make_model, make_ids, make
     assert figures[0] == pytest.approx(figures[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("shape", [dict(), dict(num_hidden_layers=3, num_latents=9, hidden_size=32)])
+@pytest.mark.parametrize(
+    "shape", [dict(), dict(num_hidden_layers=3, num_latents=9, hidden_size=32), dict(cross_attention_after_mlp=True)]
+)
 def test_cost_is_what_torch_counts(make_model, make_ids, shape):
     model, ids = make_model(**MEMORY | shape), make_ids(rows=8, length=24)
     model.set_attn_implementation("eager")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from ltm_hf.flops import count_flops, training_flops
 from ltm_hf.posterior_ltm import infer_posterior, negative_log_likelihood
 from ltm_hf.training import LTMTrainer
 from ltm_hf.training.unrolled import split_labels, unrolled_posterior
@@ -46,13 +47,15 @@ def test_labels_are_split_by_hand():
 @pytest.mark.parametrize("steps", [1, 3])
 def test_means_are_those_of_the_fast_loop(model, ids, steps):
     prefix, _ = split_labels(ids, share=0.6)
-    found, nats = unrolled_posterior(model, steps, 0.05, ids, labels=prefix)
+    found, nats, prelude = unrolled_posterior(model, steps, 0.05, ids, labels=prefix)
     settings = dict(num_inference_steps=steps, inference_learning_rate=0.05, inference_optimizer="map")
     expected = infer_posterior(model, ids, labels=prefix, **settings)
     torch.testing.assert_close(found.mean.detach(), expected.mean, rtol=1e-4, atol=1e-5)
     assert not found.log_variance.any() and found.elbo_trace.shape == (steps, len(ids))
     at_zero = negative_log_likelihood(model, ids, torch.zeros_like(found.mean), labels=prefix).sum()
     torch.testing.assert_close(nats, at_zero)
+    again, anew = (negative_log_likelihood(model, ids, found.mean, prelude=begun) for begun in (prelude, None))
+    torch.testing.assert_close(again, anew)
 
 
 def test_loss_is_that_of_a_predictor_that_thinks_once(model, ids, make_trainer):
@@ -60,12 +63,12 @@ def test_loss_is_that_of_a_predictor_that_thinks_once(model, ids, make_trainer):
     trainer = make_trainer(model, ids, max_steps=1, per_device_train_batch_size=3, learning_rate=1e-30)
     seen = {}
 
-    def kept(*args, real=trainer._think, **kwargs):
+    def kept(*args, real=trainer._think_unrolled):
         seen["prefix"] = args[1]["labels"]
-        seen["latents"] = real(*args, **kwargs)
-        return seen["latents"]
+        seen["latents"], prelude = real(*args)
+        return seen["latents"], prelude
 
-    trainer._think = kept
+    trainer._think_unrolled = kept
     trainer.train()
     batch, rest = trainer._last_batch, trainer._last_batch["labels"]
     ids, prefix, latents = batch["input_ids"], seen["prefix"], batch["latents"]
@@ -77,7 +80,7 @@ def test_loss_is_that_of_a_predictor_that_thinks_once(model, ids, make_trainer):
     assert logged["bound"] == logged["loss"] and logged["kl"] > 0
     scored = (prefix != IGNORED) ^ (rest != IGNORED)
     assert scored[:, 1:].all() and not scored[:, 0].any()
-    assert (1 / 5 < (prefix != IGNORED).sum() / 33 < 4 / 5) and seen["latents"][0].requires_grad
+    assert (1 / 5 < (prefix != IGNORED).sum() / 33 < 4 / 5) and seen["latents"].requires_grad
 
 
 def test_gradient_goes_through_inference(model, ids, make_trainer):
@@ -89,9 +92,10 @@ def test_gradient_goes_through_inference(model, ids, make_trainer):
 
     def loss(detached=False):
         trainer._last_batch = None
-        (latents,) = trainer._think(model.train(), {"input_ids": ids, "labels": prefix})
+        latents, prelude = trainer._think_unrolled(model.train(), {"input_ids": ids, "labels": prefix})
         latents = latents.detach() if detached else latents
-        return trainer.compute_loss(model, {"input_ids": ids, "labels": rest, "latents": latents}, num_items_in_batch=1)
+        inputs = {"input_ids": ids, "labels": rest, "latents": latents, "prelude": prelude}
+        return trainer.compute_loss(model, inputs, num_items_in_batch=1)
 
     whole, without = ((torch.autograd.grad(loss(d), weight)[0] * direction).sum().item() for d in (False, True))
     values = []
@@ -103,6 +107,32 @@ def test_gradient_goes_through_inference(model, ids, make_trainer):
             weight -= sign * 2e-3 * direction
     quotient = (values[0] - values[1]) / 4e-3
     assert whole == pytest.approx(quotient, rel=2e-2) and without != pytest.approx(quotient, rel=1e-1)
+
+
+@pytest.mark.parametrize("after_mlp", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_cost_is_what_torch_counts(make_model, make_ids, after_mlp, steps):
+    model = make_model(
+        cross_attention_layers=[-1],
+        cross_attention_keys="embeddings",
+        cross_attention_rotary=False,
+        cross_attention_after_mlp=after_mlp,
+        latent_embedding_std=1.0,
+        num_inference_steps=steps,
+        vocab_size=400,
+        hidden_size=64,
+    )
+    ids = make_ids(rows=8, length=49)
+    model.set_attn_implementation("eager")
+
+    def step():
+        prefix, rest = split_labels(ids)
+        posterior, nats, prelude = unrolled_posterior(model, steps, 0.05, ids, labels=prefix)
+        given = dict(latents=posterior.mean, labels=rest, loss_reduction="mean", prelude=prelude)
+        (nats + model(ids, **given).loss).backward()
+
+    cost = training_flops(model.config, ids.shape[1])
+    assert count_flops(step) / ids.numel() == pytest.approx(cost.slow_step + steps * cost.unrolled_step, rel=0.02)
 
 
 def test_evaluation_is_of_a_predictor_that_thinks_once(model, ids, make_trainer):
