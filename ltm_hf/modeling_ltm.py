@@ -372,7 +372,8 @@ class LTMModel(LTMPreTrainedModel):
         latents: (B, L, N, D), or None for a plain windowed decoder (the same as latents of zero).
         latent_key_values: (B, L, 2, K, N, d) from `project_latents`, in place of `latents`.
         position_ids: counted over the unmasked tokens by default, so that padding on either side changes nothing.
-        prelude: of these tokens under these weights; the fast loop's own, for a frozen decoder without a cache.
+        prelude: of these tokens under these weights; the fast loop's own, for a decoder without a cache. Without
+            latents it is filled for the passes that read some.
 
         Raises ValueError for latents of another shape, or given twice.
         """
@@ -391,13 +392,19 @@ class LTMModel(LTMPreTrainedModel):
             hidden_states, shared = prelude.inputs
         else:
             hidden_states, past_key_values, shared = self._layer_inputs(
-                input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, latents is not None
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                past_key_values,
+                use_cache,
+                has_latents=latents is not None or prelude is not None,
             )
             if prelude is not None:
                 prelude.inputs = hidden_states, shared
         given = latents if latent_key_values is None else latent_key_values
         reading = [] if given is None else self.config.reading_layers
-        first = min(reading, default=0)
+        first = min(self.config.reading_layers if prelude is not None else reading, default=0)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer: early exit, a draft
             before = prelude is not None and index < first  # nothing there depends on latents
             if before and prelude.hidden_states is not None:

@@ -51,6 +51,7 @@ def unrolled_posterior(
     prelude = Prelude(frozen=False)
     mean = torch.zeros(len(input_ids), *model.config.latent_shape, device=input_ids.device, requires_grad=True)
     optimizer, trace = MAPInference(mean, torch.zeros_like(mean), settings), []
+    model.get_decoder()(input_ids, attention_mask=attention_mask, use_cache=False, prelude=prelude)
     with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
         for step in range(num_inference_steps):
             nll = negative_log_likelihood(model, input_ids, optimizer.mean, attention_mask, labels, prelude)
