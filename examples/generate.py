@@ -1,7 +1,7 @@
 """Let a Latent Thought Model write, from a folder or the Hub, with or without the package ltm_hf.
 
 python examples/generate.py outputs/ltm-tiny --prompt "The people" --num_inference_steps 16
-python examples/generate.py outputs/ltm-tiny                  # no prompt: latents from the prior
+python examples/generate.py outputs/ltm-tiny                  # no prompt
 """
 
 import argparse
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_
 def main():
     parser = argparse.ArgumentParser(description="Stream text from a Latent Thought Model.")
     parser.add_argument("model", help="folder of a checkpoint, or its name on the Hub")
-    parser.add_argument("--prompt", help="text to continue; without one, latents are drawn from the prior")
+    parser.add_argument("--prompt", help="text to continue; without one, latents come from the prior, or are 0 by map")
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--num_inference_steps", type=int, help="how long to think about the prompt")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
@@ -28,7 +28,7 @@ def main():
     if options.prompt:
         sampling |= dict(tokenizer(options.prompt, return_tensors="pt").to(model.device))
         sampling["num_inference_steps"] = options.num_inference_steps
-    elif model.config.num_latents:
+    elif model.config.num_latents and model.config.inference_optimizer != "map":  # else it starts from z = 0
         sampling["latents"] = model.sample_prior(1, seed=options.seed)
     model.generate(
         **sampling,

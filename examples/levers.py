@@ -22,6 +22,7 @@ from ltm_hf.posterior_ltm import (
 )
 from ltm_hf.study import Lever
 from ltm_hf.training import LTMTrainer
+from ltm_hf.training.unrolled import unrolled_posterior
 
 # ------------------------------------------------------------------ gates, and how much latents say at first
 
@@ -211,6 +212,24 @@ class Continuation(LTMTrainer):
             self.args.infer_from = "labels"
 
 
+class BoundAtLast(LTMTrainer):
+    """An unrolled decoder learns from the bound in the last third of its steps: NLL + KL at a sample of N(mean, I), of
+    latents that one step, of size 1, has fitted to the whole text; the gradient goes through that step."""
+
+    START = 2 / 3
+
+    @property
+    def _predicts(self):
+        return super()._predicts and self.state.global_step < self.START * self.state.max_steps
+
+    def _think(self, decoder, inputs):
+        posterior, _, inputs["prelude"] = unrolled_posterior(decoder, 1, 1.0, **self._sequences(inputs))
+        kl = posterior.kl_divergence().sum()
+        self._beside = kl, 0, 0
+        self._sums["kl"] += kl.item()
+        return [posterior.sample(self._seed(self.state.global_step + 1))]
+
+
 # ------------------------------------------------------------------ inference
 
 
@@ -256,6 +275,7 @@ LEVERS = {
     "means": Lever(trainer=Means),
     "averaged-weights": Lever(trainer=Averaged),
     "continuation": Lever(trainer=Continuation),
+    "bound-at-last": Lever(trainer=BoundAtLast),
 }
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ TINY = dict(
 )
 MEMORY = dict(slow_gradient="unrolled")
 RECIPES = {
-    "ltm-tiny": TINY,
-    "ltm-tiny-memory": TINY | MEMORY,
+    "ltm-tiny": TINY | MEMORY,
+    "ltm-tiny-natural": TINY,
     "ltm-small": PAPER,
     "ltm-medium": PAPER,
     "ltm-large": PAPER,

@@ -1,4 +1,4 @@
-"""Configurations by name: the paper's three models as published, a small one for a CPU, and latents as a memory."""
+"""Configurations by name: the paper's three models as published, latents as a memory, and small ones for a CPU."""
 
 from .configuration_ltm import LTMConfig
 
@@ -25,6 +25,7 @@ _MEMORY = dict(
     cross_attention_rotary=False,
     cross_attention_keys="embeddings",
     cross_attention_value_projection=False,
+    cross_attention_after_mlp=True,
     cross_attention_gate_init=0.2,
     latent_embedding_std=1.0,
     inference_optimizer="map",
@@ -46,8 +47,8 @@ _TINY = dict(
 )
 
 PRESETS: dict[str, dict] = {
-    "ltm-tiny": dict(**_TINY, num_latents=6),
-    "ltm-tiny-memory": dict(**_TINY, **_MEMORY, cross_attention_query_std=0.21),
+    "ltm-tiny": dict(**_TINY, **_MEMORY, cross_attention_query_std=0.21),
+    "ltm-tiny-natural": dict(**_TINY, num_latents=6),
     "ltm-small": dict(**_PAPER, num_hidden_layers=3, num_latents=24, num_inference_steps=16),
     "ltm-medium": dict(**_PAPER, num_hidden_layers=6, num_latents=24, num_inference_steps=16),
     "ltm-large": dict(**_PAPER, num_hidden_layers=12, num_latents=96, num_inference_steps=64),

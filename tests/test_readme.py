@@ -29,4 +29,4 @@ def test_snippets(tmp_path, monkeypatch):
         snippet = snippet.replace("max_steps=100, warmup_steps=10", "max_steps=1, warmup_steps=0")  # quick
         exec(compile(snippet, str(README), "exec"), namespace)
     assert Path("thought/latent_posterior.safetensors").is_file()
-    assert namespace["posterior"].mean.shape == (1, 3, 2, 128)
+    assert namespace["posterior"].mean.shape == (1, 1, 64, 128)

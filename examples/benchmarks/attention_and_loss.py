@@ -299,7 +299,7 @@ def report(result: dict) -> str:
 def parse(arguments=None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny")
+    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny-natural")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--precision", choices=TOLERANCES, default="float32", help="of all input; default float32")
     parser.add_argument("--batch-size", type=at_least(1), default=4, help="sequences; default 4")

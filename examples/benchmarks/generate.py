@@ -302,7 +302,7 @@ def report(result: dict) -> str:
 def parse(arguments=None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny")
+    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny-natural")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--batch-sizes", type=at_least(1), nargs="+", default=[1, 8], help="prompts; default 1 8")
     parser.add_argument("--caches", choices=CACHES, nargs="+", default=CACHES, help="default: all")

@@ -1,6 +1,7 @@
 """Decoders that learned by different inference methods, each scored by its own method and by variational inference.
 
-    python examples/benchmarks/inference_methods.py outputs/ltm-tiny outputs/langevin outputs/amortized --steps 2 16
+    python examples/benchmarks/inference_methods.py outputs/ltm-tiny-natural outputs/langevin outputs/amortized \
+        --steps 2 16
 
 prints a Markdown table in nats a token, with standard errors over blocks; of what latents save, of the difference block
 by block. Validation blocks are those of examples/pretrain.py on its default corpus. A chain has no finite bound.

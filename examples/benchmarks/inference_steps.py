@@ -1,6 +1,6 @@
 """The bound with fresh noise after so many gradients, for each candidate of an inference optimiser, on trained models.
 
-    python examples/benchmarks/inference_steps.py outputs/ltm-tiny
+    python examples/benchmarks/inference_steps.py outputs/ltm-tiny-natural
     python examples/benchmarks/inference_steps.py outputs/a outputs/b --files data/*.parquet --steps 1 2 4 8 16 32 64 \\
         128 --only natural AdamW --output steps.json
 

@@ -1,6 +1,6 @@
 """What lower precision costs the bound: bfloat16, int8 and float8 weights, float8 matrix products, on trained models.
 
-    python examples/benchmarks/precision.py outputs/ltm-tiny
+    python examples/benchmarks/precision.py outputs/ltm-tiny-natural
     python examples/benchmarks/precision.py outputs/a outputs/b --files data/*.parquet --steps 2 16 --output costs.json
 
 prints a Markdown table for each model, in nats a token: the float32 model's figures, and what each precision adds to

@@ -231,7 +231,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="default: all")
     parser.add_argument("--processes", nargs="+", type=at_least(1), default=[1, 2], help="default 1 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny")
+    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny-natural")
     parser.add_argument("--batch-size", type=at_least(1), default=2, help="sequences of a process; default 2")
     parser.add_argument("--block-size", type=at_least(2), help="tokens of a sequence; default: the preset's most")
     parser.add_argument("--num-inference-steps", type=at_least(0), help="default: the preset's")

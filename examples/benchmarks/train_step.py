@@ -371,7 +371,7 @@ def at_least(smallest: int):
 def parse(arguments=None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny")
+    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny-natural")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument(
         "--precision",

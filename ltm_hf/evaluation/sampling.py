@@ -73,8 +73,9 @@ def sample_texts(
 ) -> list[WrittenText]:
     """n texts from begin-of-text; of an LTM with latents from the prior: text i reads `sample_prior(n, seed)[i]`.
 
-    Without latents greedy search writes the same text n times. Raises ValueError for a number below 1, a tokenizer
-    without a begin-of-text token, and more tokens than the model's context holds.
+    By "map", which has learned without noise, all read z = 0, a memory of nothing. Then, and without latents, greedy
+    search writes the same text n times. Raises ValueError for a number below 1, a tokenizer without a begin-of-text
+    token, and more tokens than the model's context holds.
     """
     _check_counts(n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
     if tokenizer.bos_token_id is None:
@@ -83,6 +84,8 @@ def sample_texts(
 
     def latents_of(prompts, keys):
         origin = torch.zeros((len(prompts), *model.config.latent_shape), device=keys.device)
+        if model.config.inference_optimizer == "map":
+            return origin
         return LatentPosterior(origin, origin, keys=keys).sample(seed)
 
     prompts = [[tokenizer.bos_token_id]] * n

@@ -117,6 +117,13 @@ def test_latents_of_texts_without_a_prompt_are_the_priors(model, tokenizer):
         assert output[: len(text.tokens)] == text.tokens
 
 
+def test_texts_without_a_prompt_read_nothing_by_map(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.config, "inference_optimizer", "map")
+    first, *others = sample_texts(model, tokenizer, 3, 10, GREEDY, **QUIET)
+    output = model.generate(do_sample=False, max_new_tokens=10, inference_optimizer="map")[0, 1:].tolist()
+    assert output[: len(first.tokens)] == first.tokens and others == [first] * 2
+
+
 def test_greedy_completions_are_generates(model, tokenizer):
     texts = complete_texts(model, tokenizer, PROMPTS, 10, GREEDY, num_inference_steps=3, **QUIET)
     for prompt, (text,) in zip(PROMPTS, texts, strict=True):

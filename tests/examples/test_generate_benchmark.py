@@ -27,8 +27,8 @@ def script():
 
 @pytest.fixture
 def run(script, monkeypatch, capsys):
-    """What a command line prints, with a small model by the name of ltm-tiny."""
-    monkeypatch.setitem(PRESETS, "ltm-tiny", PRESETS["ltm-tiny"] | SMALL)
+    """What a command line prints, with a small model by the name of ltm-tiny-natural."""
+    monkeypatch.setitem(PRESETS, "ltm-tiny-natural", PRESETS["ltm-tiny-natural"] | SMALL)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["generate.py", *FEW.split(), *map(str, arguments)])

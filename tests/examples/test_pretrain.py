@@ -19,11 +19,11 @@ NO_PACKAGE = (
 def test_prints_an_honest_table(trained):
     folder, printed = trained
     rows = {line.split("|")[1].strip(): line for line in printed.splitlines() if line.startswith("| ")}
-    assert "NOT a bound" in rows["released"] and "fresh noise" in rows["bound"]
-    before, after = (float(rows["bound"].split("|")[column].split("±")[0]) for column in (2, 3))
+    assert {"reinfer-32", "no_latents", "prefix", "prefix_no_latents"} <= set(rows) and "bound" not in rows
+    before, after = (float(rows["prefix"].split("|")[column].split("±")[0]) for column in (2, 3))
     assert after < before  # four steps of training, and it shows
     assert "autoregressive twin" in rows["nats a token"]
-    assert "–" in rows["bound"].split("|")[4] and "–" not in rows["no_latents"]
+    assert "–" in rows["prefix"].split("|")[4] and "–" not in rows["no_latents"]
     assert "The people of the United States" in printed
 
 
@@ -32,7 +32,8 @@ def test_leaves_a_complete_folder(trained):
     names = {path.name for path in folder.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "curves.png", "README.md"} <= names
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "released protocol" in card and "| optimiser steps | 4 |" in card
+    assert "| slow gradient | unrolled |" in card and "| optimiser steps | 4 |" in card
+    assert "| layers that read latents | 3 |" in card
     assert {f"{name}_ltm.py" for name in ("configuration", "modeling", "posterior", "generation")} <= names
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
@@ -118,15 +119,16 @@ def test_trains_on_prepared_data(run, tmp_path):
     assert refused.returncode != 0 and "have 32 tokens and the model takes 16" in refused.stderr
 
 
-def test_trains_latents_as_a_memory(run, tmp_path):
-    """The first third without latents; exact losses, and no bound, in the table, and a card that says what it is."""
+def test_trains_by_the_natural_gradient(run, tmp_path):
+    """The first third without latents; a bound, and what is none, in the table and the card."""
     result = run(
-        EXAMPLES / "pretrain.py", "--preset", "ltm-tiny-memory", "--files", write_story(tmp_path / "story.jsonl"),
+        EXAMPLES / "pretrain.py", "--preset", "ltm-tiny-natural", "--files", write_story(tmp_path / "story.jsonl"),
         "--train_tokenizer", 270, "--use_cpu", "--max_steps", 3, "--logging_steps", 1, "--eval_blocks", 2,
         "--output_dir", tmp_path / "out", "--config_overrides", SMALL % 32, "--inference_start_ratio", 0.33,
     )  # fmt: skip
-    rows = [line.split("|")[1].strip() for line in result.stdout.splitlines() if line.startswith("| ")]
-    assert {"reinfer-32", "no_latents", "prefix", "prefix_no_latents"} <= set(rows) and "bound" not in rows
+    rows = {line.split("|")[1].strip(): line for line in result.stdout.splitlines() if line.startswith("| ")}
+    assert "NOT a bound" in rows["released"] and "fresh noise" in rows["bound"] and "reinfer-32" not in rows
+    before, after = (float(rows["bound"].split("|")[column].split("±")[0]) for column in (2, 3))
+    assert after < before
     card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
-    assert "| slow gradient | unrolled |" in card and "| first learned without latents | 33 % of the steps |" in card
-    assert "| layers that read latents | 3 |" in card
+    assert "released protocol" in card and "| first learned without latents | 33 % of the steps |" in card

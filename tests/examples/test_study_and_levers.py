@@ -209,6 +209,22 @@ def test_continuation_learns_what_follows_prefixes(levers, model, ids, trainer_o
     assert trainer.args.infer_from == "labels"
 
 
+def test_the_bound_at_last(levers, make_model, ids, trainer_of):
+    """Of the last of three steps: a sample about the mean that one step of size 1 gives, and what that mean costs."""
+    model = make_model(latent_embedding_std=1.0, num_inference_steps=1)
+    expected = infer_posterior(model, ids, inference_optimizer="map", inference_learning_rate=1.0)
+    settings = dict(max_steps=3, learning_rate=1e-30, slow_gradient="unrolled", logging_steps=1)
+    trainer = trainer_of(levers.BoundAtLast, model, ids, **settings)
+    trainer.train()
+    first, _, last = (entry for entry in trainer.state.log_history if "bound" in entry)
+    assert first["bound"] == first["loss"] and last["bound"] == pytest.approx(last["loss"] + last["kl"], abs=1e-3)
+    tokens = ids[:, 1:].numel()
+    assert last["kl"] * tokens == pytest.approx(expected.kl_divergence().sum().item(), rel=1e-3)
+    order = [ids.tolist().index(row) for row in trainer._last_batch["input_ids"].tolist()]
+    noise = trainer._last_batch["latents"] - expected.mean[order]
+    assert noise.mean().abs() < 0.2 and abs(noise.std() - 1) < 0.2
+
+
 @pytest.mark.parametrize("name", ["tempered", "free-bits"])
 def test_weaker_priors_cost_more(levers, model, ids, name):
     plain, weaker = (infer_posterior(model, ids, inference_optimizer=opt).kl_divergence() for opt in ("natural", name))

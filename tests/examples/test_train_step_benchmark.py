@@ -19,7 +19,7 @@ def test_benchmark(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
 
-    assert result["settings"]["preset"] == "ltm-tiny" and result["settings"]["parameters"] == 1_062_528
+    assert result["settings"]["preset"] == "ltm-tiny-natural" and result["settings"]["parameters"] == 1_062_528
     assert set(result["environment"]) == {"date", "hardware", "torch", "transformers"}
     milliseconds, flops = result["milliseconds"], result["flops_per_token"]
     for phase, (smallest, largest) in result["milliseconds_range"].items():
