@@ -1,6 +1,7 @@
 """A corpus of five kinds of English in equal parts, where latents have something to say: which kind a text is.
 
     python examples/benchmarks/mixed_corpus.py ../shared/data mixed.jsonl
+    python examples/benchmarks/mixed_corpus.py ../shared/data prose.jsonl --prose      # the last kind alone, all of it
 
 Plays, arithmetic problems with their solutions, news, abstracts of papers, and technical prose: a million characters of
 each, in documents of about 1,000 characters of one kind, shuffled. The folder's README names the sources.
@@ -30,14 +31,19 @@ def texts(folder: Path) -> dict[str, Iterator[str]]:
     abstracts = chain(
         *(rows("json", file) for file in ("arxiv_scitldr/train.jsonl.gz", "pubmed_pubmedqa/test.jsonl.gz"))
     )
-    prose = rows("parquet", "train_books_web/train-00000-of-00008.parquet")
     return {
         "plays": (row["text"] for row in plays),
         "problems": (row["question"] + "\n" + row["answer"] for row in problems),
         "news": (row["text"] for row in rows("json", "ag_news/test.jsonl.gz")),
         "abstracts": (row["text"] for row in abstracts),
-        "prose": (row["text"] for row in prose if "classic-books" not in row["source"]),
+        "prose": prose(folder, "train-00000-of-00008.parquet"),
     }
+
+
+def prose(folder: Path, files: str) -> Iterator[str]:
+    """Textbooks, specifications and handbooks: passages of at most 6,000 characters."""
+    rows = load_dataset("parquet", data_files=str(folder / "train_books_web" / files), split="train")
+    return (row["text"] for row in rows if "classic-books" not in row["source"])
 
 
 def documents(pieces: Iterator[str]) -> Iterator[str]:
@@ -57,12 +63,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the texts")
     parser.add_argument("output", type=Path, help="JSON lines to write")
+    parser.add_argument("--prose", action="store_true", help="technical prose alone, all of it, in whole passages")
     options = parser.parse_args()
-    rows = [
-        {"text": document, "kind": kind}
-        for kind, pieces in texts(options.folder).items()
-        for document in documents(pieces)
-    ]
+    if options.prose:
+        kinds = {"prose": prose(options.folder, "train-*.parquet")}
+    else:
+        kinds = {kind: documents(pieces) for kind, pieces in texts(options.folder).items()}
+    rows = [{"text": document, "kind": kind} for kind, found in kinds.items() for document in found]
     random.Random(0).shuffle(rows)
     options.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind in dict.fromkeys(row["kind"] for row in rows):

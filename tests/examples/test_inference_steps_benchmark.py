@@ -34,8 +34,8 @@ def test_a_variant_with_nothing_changed_is_the_library_s(optimizers, make_model,
     torch.testing.assert_close(variant.log_variance, library.log_variance)
 
 
-def test_every_candidate(run, trained, tmp_path):
-    folder, _ = trained
+def test_every_candidate(run, trained_natural, tmp_path):
+    folder, _ = trained_natural
     output = tmp_path / "steps.json"
     printed = run(
         BENCHMARKS / "inference_steps.py", folder, "--steps", 0, 1, 2, 4, "--blocks", 4, "--training_blocks", 64,
@@ -57,8 +57,8 @@ def test_every_candidate(run, trained, tmp_path):
     assert nats["natural from a read-out"]["1"] != nats["L-BFGS from a read-out"]["1"] != nats["L-BFGS"]["1"]
 
 
-def test_no_such_candidate_is_named(run, trained):
-    done = run(BENCHMARKS / "inference_steps.py", trained[0], "--only", "sgd", check=False)
+def test_no_such_candidate_is_named(run, trained_natural):
+    done = run(BENCHMARKS / "inference_steps.py", trained_natural[0], "--only", "sgd", check=False)
     assert done.returncode == 2 and "--only: there is no such candidate; there are natural (default)" in done.stderr
 
 
@@ -73,3 +73,11 @@ def test_mixed_corpus(run, tmp_path):
         lengths = [len(row["text"]) for row in rows if row["kind"] == kind]
         assert 1_000_000 <= sum(lengths) <= 1_002_000 and max(lengths) <= 2000 and min(lengths) >= 1000
     assert len({row["kind"] for row in rows[:40]}) == 5
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
+def test_technical_prose_in_whole_passages(run, tmp_path):
+    printed = run(BENCHMARKS / "mixed_corpus.py", SHARED, tmp_path / "prose.jsonl", "--prose").stdout
+    rows = [json.loads(line) for line in (tmp_path / "prose.jsonl").read_text().splitlines()]
+    assert {row["kind"] for row in rows} == {"prose"} and f"prose: {len(rows):,} documents" in printed
+    assert sum(len(row["text"]) for row in rows) > 40_000_000 and max(len(row["text"]) for row in rows) <= 6000

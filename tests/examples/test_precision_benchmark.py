@@ -7,9 +7,9 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "examples" / "benchmarks" / "precision.py"
 
 
-def test_every_precision(run, trained, tmp_path):
+def test_every_precision(run, trained_natural, tmp_path):
     pytest.importorskip("torchao")
-    folder, output = trained[0], tmp_path / "costs.json"
+    folder, output = trained_natural[0], tmp_path / "costs.json"
     printed = run(
         SCRIPT, folder, "--steps", 1, 2, "--blocks", 4, "--num_particles", 1, "--threads", 1, "--output", output
     ).stdout
