@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, set_seed
 
 from ltm_hf import LTMForCausalLM
 from ltm_hf.data import load_conversations, prompt_inputs, set_chat_template
@@ -94,8 +94,12 @@ def adapter(options):
 
 
 def main():
+    # The model decides on a default, so it is read first.
+    options = HfArgumentParser(ModelArguments).parse_args_into_dataclasses(return_remaining_strings=True)[0]
+    config = None if options.backbone else AutoConfig.from_pretrained(options.model)
+    by_map = getattr(config, "inference_optimizer", None) == "map"  # whose variance says nothing
     parser = HfArgumentParser((ModelArguments, DataArguments, LTMSFTConfig))
-    parser.set_defaults(**RECIPE)
+    parser.set_defaults(**RECIPE, infer_from="prompt" if by_map else "labels")
     options, data, args = parser.parse_args_into_dataclasses()
     folder = Path(args.output_dir)
 

@@ -306,7 +306,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
 
     def _samples(self, posterior, seed: int) -> list[torch.Tensor]:
         """Of the fitted posterior, for the decoder to learn from."""
-        return [posterior.sample(seed)]
+        return [posterior.mean if self._reads_mean else posterior.sample(seed)]
 
     def _count_flops(self, input_ids, fast_steps=0, slow_steps=0) -> None:
         if self._peak_flops:
@@ -364,6 +364,11 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         return self._has_kl and self.args.infer_from != "prompt"
 
     @property
+    def _reads_mean(self) -> bool:
+        """Whether latents are all that "map" found in a prompt, whose variance says nothing: as in generation."""
+        return self.args.infer_from == "prompt" and self.model.config.inference_optimizer == "map"
+
+    @property
     def _predicts(self) -> bool:
         """Whether the gradient goes through inference, without noise: the loss is exact, of a predictor that thinks."""
         return self.args.slow_gradient in ("unrolled", "online") and bool(self.model.config.num_latents)
@@ -419,6 +424,8 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 posterior = infer_posterior(decoder, **evidence, **fit)
                 estimate = elbo(decoder, posterior=posterior, **sequences, seed=self._seed(0))
                 rows["nll"] = estimate.nll
+                if self._reads_mean:
+                    rows["nll"] = negative_log_likelihood(decoder, latents=posterior.mean, **sequences)
                 fit_sums = {"non_finite_rows": posterior.num_non_finite}
                 if self._has_kl:
                     rows["kl"] = estimate.kl

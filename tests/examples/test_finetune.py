@@ -72,6 +72,14 @@ def test_fine_tunes_a_checkpoint(run, ltm, lora):
     assert writes(folder)
 
 
+def test_a_memory_is_fitted_to_the_prompt(run, ltm):
+    """Unless it is asked for something else: then the loss and a predictor's are the same."""
+    config = ltm / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"inference_optimizer": "map"}))
+    found = figures(run("--model", ltm)[0])
+    assert found["eval_loss"] == found["eval_from_prompt"] != found["eval_no_latents"]
+
+
 @pytest.mark.parametrize("options", [["--lora"], ["--freeze_backbone"]], ids=str)
 def test_fine_tunes_a_backbone(run, tokenizer, tmp_path, options):
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -9,6 +9,7 @@ from ltm_hf import elbo, infer_posterior
 from ltm_hf.data import collate_blocks
 from ltm_hf.posterior_ltm import negative_log_likelihood
 from ltm_hf.training import DualRateMixin, LTMTrainer, LTMTrainingArguments
+from ltm_hf.training.trainer import prompts
 
 
 def make_rows(count, seed=0):
@@ -105,6 +106,19 @@ def test_evaluation_scores_labels_only(make_trainer, make_model):
     assert labels["eval_from_prompt"] == pytest.approx(from_prompt / total, rel=1e-4)
     assert prompt["eval_from_prompt"] == pytest.approx(from_prompt / total, rel=1e-4)
     assert prompt["eval_loss"] == prompt["eval_nll"] != labels["eval_nll"]
+
+
+def test_what_map_finds_in_a_prompt_is_read_without_noise(make_trainer, make_model):
+    trainer = make_trainer(
+        model=make_model(inference_optimizer="map"), infer_from="prompt", max_steps=1, learning_rate=1e-30
+    )
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(found["eval_from_prompt"], rel=1e-6)
+    trainer.train()
+    batch = trainer._last_batch
+    read = infer_posterior(trainer.model, **prompts(*(batch.get(n) for n in ("input_ids", "attention_mask", "labels"))))
+    torch.testing.assert_close(batch["latents"], read.mean)
+    assert batch["latents"].abs().max() > 1e-3
 
 
 def test_rows_without_a_prompt_are_refused_for_inference_from_it(make_trainer):
