@@ -174,6 +174,7 @@ def _architecture(config) -> dict[str, str]:
         facts["latent vectors"] = f"{config.num_latents} ({config.latents_per_layer} a layer)"
         if config.cross_attention_layers is not None:
             facts["layers that read latents"] = ", ".join(str(layer + 1) for layer in config.reading_layers)
+        facts["cross-attention"] = f"{'after' if config.cross_attention_after_mlp else 'before'} the layer's MLP"
         facts["rotary positions of the latents"] = "yes" if config.cross_attention_rotary else "no"
         facts["embeddings of the latents"] = "no" if config.latent_embedding_std is None else "yes"
         facts["gate on the cross-attention"] = "no" if config.cross_attention_gate_init is None else "yes"

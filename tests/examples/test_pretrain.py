@@ -33,7 +33,7 @@ def test_leaves_a_complete_folder(trained):
     assert {"model.safetensors", "config.json", "tokenizer.json", "curves.png", "README.md"} <= names
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "| slow gradient | unrolled |" in card and "| optimiser steps | 4 |" in card
-    assert "| layers that read latents | 3 |" in card
+    assert "| layers that read latents | 3 |" in card and "| cross-attention | after the layer's MLP |" in card
     assert {f"{name}_ltm.py" for name in ("configuration", "modeling", "posterior", "generation")} <= names
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "model.embed_tokens.weight" in load_file(folder / "model.safetensors")
