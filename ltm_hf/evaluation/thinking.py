@@ -1,5 +1,6 @@
 """Thinking curves: what more inference steps, or more latents, save, and what they cost."""
 
+import copy
 import csv
 import math
 import time
@@ -38,7 +39,7 @@ def thinking_curve(
         shared = dict(batch_size=batch_size, seed=seed, progress=progress)
         plain = score_blocks(model, on, figures=[_WITHOUT[figure]], **shared)
         length = max(len(block["input_ids"]) for block in on)
-        fast_step = training_flops(model.config, length).fast_step
+        config = copy.deepcopy(model.config)
         for number in sorted(set(steps)):
             start = time.perf_counter()
             scores = score_blocks(
@@ -50,11 +51,13 @@ def thinking_curve(
             if not math.isfinite(nats):
                 continue  # a chain ends at a point, which has no bound
             saved, saved_error = scores.mean(_WITHOUT[figure], minus=figure)
+            config.num_inference_steps = number
+            inference = number * training_flops(config, length).fast_step
             rows.append(
                 {
                     "figure": figure, "num_inference_steps": number, "num_latents": model.config.num_latents,
                     "nats": nats, "error": error, "saved": saved, "saved_error": saved_error,
-                    "seconds": seconds, "mflops": number * fast_step / 1e6,
+                    "seconds": seconds, "mflops": inference / 1e6,
                 }
             )  # fmt: skip
     return rows
