@@ -9,12 +9,13 @@
 Needs the extra `finetune` (TRL and PEFT).
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoTokenizer, HfArgumentParser, set_seed
 
 from ltm_hf import LTMForCausalLM
 from ltm_hf.data import load_conversations, prompt_inputs, set_chat_template
@@ -94,12 +95,8 @@ def adapter(options):
 
 
 def main():
-    # The model decides on a default, so it is read first.
-    options = HfArgumentParser(ModelArguments).parse_args_into_dataclasses(return_remaining_strings=True)[0]
-    config = None if options.backbone else AutoConfig.from_pretrained(options.model)
-    by_map = getattr(config, "inference_optimizer", None) == "map"  # whose variance says nothing
     parser = HfArgumentParser((ModelArguments, DataArguments, LTMSFTConfig))
-    parser.set_defaults(**RECIPE, infer_from="prompt" if by_map else "labels")
+    parser.set_defaults(**RECIPE)
     options, data, args = parser.parse_args_into_dataclasses()
     folder = Path(args.output_dir)
 
@@ -109,6 +106,9 @@ def main():
     set_chat_template(tokenizer)
     set_seed(args.seed)  # a new decoder's weights are the same on every process
     model = load_model(options, folder)
+    asked = any(argument.startswith("--infer_from") for argument in sys.argv)
+    if model.config.inference_optimizer == "map" and not asked:  # whose variance says nothing: it can predict alone
+        args.infer_from = "prompt"
     longest = model.config.max_position_embeddings
     args.max_length = min(args.max_length or longest, longest)
     args.assistant_only_loss |= "messages" in held_out.column_names

@@ -53,7 +53,7 @@ def test_benchmark(run, tmp_path):
         assert 0 < low == row["milliseconds"] == high  # of one round
         assert row["tokens_per_second"] == pytest.approx(1000 * row["processes"] * 16 / row["milliseconds"])
 
-    model = LTMForCausalLM(preset_config("ltm-tiny"))
+    model = LTMForCausalLM(preset_config("ltm-tiny-natural"))
     parameters = result["settings"]["parameters"]
     assert parameters == model.num_parameters()
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters()) / parameters
