@@ -71,7 +71,7 @@ class TrainingFlops:
     slow_step: a forward and the gradient of all weights, at latents that need none; with an encoder, all of its work
         and the latents' gradient.
     num_inference_steps: fast steps of a training step.
-    unrolled_step: what slow_gradient="unrolled" costs for each fast step, fitted to half of the tokens, to 1 in 100.
+    unrolled_step: what slow_gradient="unrolled" costs for each fast step, fitted to half of the tokens, to 2 in 100.
     online_step: what slow_gradient="online" costs beside the slow step; of a model that it can train.
     """
 
