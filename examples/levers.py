@@ -6,6 +6,7 @@
 Options and output are those of examples/study.py. What was found is in examples/benchmarks/RESULTS.md.
 """
 
+import math
 import random
 from functools import partial
 
@@ -68,14 +69,23 @@ def through(model, module: nn.Module):
 
 
 class Affine(nn.Module):
-    """A learned diagonal prior: z = shift + scale·u with u ~ N(0, I)."""
+    """A learned diagonal prior: z = shift + scale·u with u ~ N(0, I). Vectors, which Muon leaves to AdamW."""
 
     def __init__(self, shape):
         super().__init__()
-        self.shift, self.scale = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(shape))
+        size = math.prod(shape)
+        self.shift, self.scale = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.ones(size))
 
     def forward(self, latents):
-        return self.shift + self.scale * latents
+        shape = latents.shape[1:]
+        return self.shift.view(shape) + self.scale.view(shape) * latents
+
+
+def full_prior(model):
+    """A learned prior: each latent has a diagonal of its own, and all have a map of channels in common."""
+    channels = nn.Linear(model.config.hidden_size, model.config.hidden_size, bias=False)
+    nn.init.eye_(channels.weight)
+    through(model, nn.Sequential(Affine(model.config.latent_shape), channels))
 
 
 class Hierarchical(nn.Module):
@@ -230,6 +240,20 @@ class BoundAtLast(LTMTrainer):
         return [posterior.sample(self._seed(self.state.global_step + 1))]
 
 
+class VariationalAtLast(LTMTrainer):
+    """An unrolled decoder learns as any LTM in the last third of its steps: from a sample of the posterior that the
+    configuration's inference fits to the whole text, without a gradient through it. Before, by one step of size 1."""
+
+    START = 2 / 3
+
+    @property
+    def _predicts(self):
+        return super()._predicts and self.state.global_step < self.START * self.state.max_steps
+
+    def _drawn(self, config, seed):
+        return {"num_inference_steps": 1, "inference_learning_rate": 1.0} if self._predicts else super()._drawn(config, seed)
+
+
 # ------------------------------------------------------------------ inference
 
 
@@ -276,6 +300,8 @@ LEVERS = {
     "averaged-weights": Lever(trainer=Averaged),
     "continuation": Lever(trainer=Continuation),
     "bound-at-last": Lever(trainer=BoundAtLast),
+    "bound-at-last-prior": Lever(full_prior, BoundAtLast),
+    "variational-at-last": Lever(full_prior, VariationalAtLast),
 }
 
 if __name__ == "__main__":

@@ -154,18 +154,22 @@ def test_learned_priors(levers, make_model, ids, make_noise):
     """They begin where there is none, and then are what their names say."""
     plain = make_model()
     latents = make_noise(3, *plain.config.latent_shape)
-    diagonal, hierarchical = make_model(), make_model()
+    diagonal, hierarchical, full = make_model(), make_model(), make_model()
     levers.LEVERS["diagonal-prior"].change(diagonal)
     levers.LEVERS["hierarchical-prior"].change(hierarchical)
-    for model in (diagonal, hierarchical):
+    levers.LEVERS["variational-at-last"].change(full)
+    for model in (diagonal, hierarchical, full):
         assert losses(model, ids, latents) == pytest.approx(losses(plain, ids, latents), rel=1e-5)
     with torch.no_grad():
         diagonal.model.of_latents.shift.fill_(0.5)
         diagonal.model.of_latents.scale.fill_(2.0)
         hierarchical.model.of_latents.maps[0].weight.copy_(torch.eye(32))
+        full.model.of_latents[0].scale.fill_(2.0)
+        full.model.of_latents[1].weight.copy_(torch.eye(32).flip(0))
     summed = torch.stack((latents[:, 0], latents[:, 0] + latents[:, 1]), dim=1)
     assert losses(diagonal, ids, latents) == pytest.approx(losses(plain, ids, 0.5 + 2 * latents), rel=1e-5)
     assert losses(hierarchical, ids, latents) == pytest.approx(losses(plain, ids, summed), rel=1e-5)
+    assert losses(full, ids, latents) == pytest.approx(losses(plain, ids, 2 * latents.flip(-1)), rel=1e-5)
     assert losses(plain, ids, summed) != pytest.approx(losses(plain, ids, latents), rel=1e-3)
 
 
@@ -223,6 +227,27 @@ def test_the_bound_at_last(levers, make_model, ids, trainer_of):
     order = [ids.tolist().index(row) for row in trainer._last_batch["input_ids"].tolist()]
     noise = trainer._last_batch["latents"] - expected.mean[order]
     assert noise.mean().abs() < 0.2 and abs(noise.std() - 1) < 0.2
+
+
+def test_variational_at_last(levers, make_model, ids, trainer_of):
+    """Of the last of three steps: a sample of the posterior that the configuration's inference finds."""
+    model = make_model(latent_embedding_std=1.0, num_inference_steps=3)
+    seen = []
+
+    class Recorded(levers.VariationalAtLast):
+        def _samples(self, posterior, seed):
+            seen.append((posterior, seed))
+            return super()._samples(posterior, seed)
+
+    settings = dict(max_steps=3, learning_rate=1e-30, slow_gradient="unrolled", logging_steps=1)
+    trainer = trainer_of(Recorded, model, ids, **settings)
+    trainer.train()
+    first, _, last = (entry for entry in trainer.state.log_history if "bound" in entry)
+    assert first["bound"] == first["loss"] and last["bound"] == pytest.approx(last["loss"] + last["kl"], abs=1e-3)
+    ((posterior, seed),) = seen  # of the last step alone
+    expected = infer_posterior(model, trainer._last_batch["input_ids"], seed=seed)
+    torch.testing.assert_close(posterior.mean, expected.mean)
+    assert torch.equal(trainer._last_batch["latents"], posterior.sample(seed))
 
 
 @pytest.mark.parametrize("name", ["tempered", "free-bits"])
