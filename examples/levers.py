@@ -251,7 +251,13 @@ class VariationalAtLast(LTMTrainer):
         return super()._predicts and self.state.global_step < self.START * self.state.max_steps
 
     def _drawn(self, config, seed):
-        return {"num_inference_steps": 1, "inference_learning_rate": 1.0} if self._predicts else super()._drawn(config, seed)
+        if self._predicts:
+            return {"num_inference_steps": 1, "inference_learning_rate": 1.0}
+        return super()._drawn(config, seed)
+
+
+class VariationalFromAThird(VariationalAtLast):
+    START = 1 / 3
 
 
 # ------------------------------------------------------------------ inference
@@ -302,6 +308,7 @@ LEVERS = {
     "bound-at-last": Lever(trainer=BoundAtLast),
     "bound-at-last-prior": Lever(full_prior, BoundAtLast),
     "variational-at-last": Lever(full_prior, VariationalAtLast),
+    "variational-from-a-third": Lever(full_prior, VariationalFromAThird),
 }
 
 if __name__ == "__main__":
