@@ -256,10 +256,6 @@ class VariationalAtLast(LTMTrainer):
         return super()._drawn(config, seed)
 
 
-class VariationalFromAThird(VariationalAtLast):
-    START = 1 / 3
-
-
 # ------------------------------------------------------------------ inference
 
 
@@ -308,7 +304,6 @@ LEVERS = {
     "bound-at-last": Lever(trainer=BoundAtLast),
     "bound-at-last-prior": Lever(full_prior, BoundAtLast),
     "variational-at-last": Lever(full_prior, VariationalAtLast),
-    "variational-from-a-third": Lever(full_prior, VariationalFromAThird),
 }
 
 if __name__ == "__main__":

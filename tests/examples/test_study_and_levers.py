@@ -232,9 +232,13 @@ def test_the_bound_at_last(levers, make_model, ids, trainer_of):
 def test_variational_at_last(levers, make_model, ids, trainer_of):
     """Of the last of three steps: a sample of the posterior that the configuration's inference finds."""
     model = make_model(latent_embedding_std=1.0, num_inference_steps=3)
-    seen = []
+    seen, drawn = [], []
 
     class Recorded(levers.VariationalAtLast):
+        def _drawn(self, config, seed):
+            drawn.append(super()._drawn(config, seed))
+            return drawn[-1]
+
         def _samples(self, posterior, seed):
             seen.append((posterior, seed))
             return super()._samples(posterior, seed)
@@ -244,6 +248,8 @@ def test_variational_at_last(levers, make_model, ids, trainer_of):
     trainer.train()
     first, _, last = (entry for entry in trainer.state.log_history if "bound" in entry)
     assert first["bound"] == first["loss"] and last["bound"] == pytest.approx(last["loss"] + last["kl"], abs=1e-3)
+    assert [steps["num_inference_steps"] for steps in drawn] == [1, 1, 3]
+    assert [steps["inference_learning_rate"] for steps in drawn[:2]] == [1.0, 1.0]
     ((posterior, seed),) = seen  # of the last step alone
     expected = infer_posterior(model, trainer._last_batch["input_ids"], seed=seed)
     torch.testing.assert_close(posterior.mean, expected.mean)
