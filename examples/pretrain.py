@@ -2,7 +2,7 @@
 
     accelerate launch examples/pretrain.py                       # ltm-tiny on presidents' messages, a few CPU minutes
     accelerate launch examples/pretrain.py --baseline            # and its autoregressive twin, on the same tokens
-    accelerate launch examples/pretrain.py --slow_optimizer muon --muon_learning_rate 4e-3 --report_to tensorboard
+    accelerate launch examples/pretrain.py --slow_optimizer adamw --report_to tensorboard    # not Muon: for DeepSpeed
     accelerate launch examples/pretrain.py --preset ltm-small --dataset_name HuggingFaceFW/fineweb-edu --streaming \
         --tokenizer gpt2 --bf16 --max_steps 30000 --output_dir outputs/ltm-small
     accelerate launch examples/pretrain.py --prepared data/blocks            # made by examples/prepare_data.py
@@ -38,7 +38,7 @@ TINY = dict(
 )
 MEMORY = dict(slow_gradient="unrolled")
 RECIPES = {
-    "ltm-tiny": TINY | MEMORY,
+    "ltm-tiny": TINY | MEMORY | dict(slow_optimizer="muon"),
     "ltm-tiny-natural": TINY,
     "ltm-small": PAPER,
     "ltm-medium": PAPER,

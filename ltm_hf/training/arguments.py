@@ -102,7 +102,8 @@ class DualRateArguments:
         },
     )
     muon_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of Muon's matrices; default: learning_rate."}
+        default=None,
+        metadata={"help": "Peak learning rate of Muon's matrices; default: twice learning_rate, as measured."},
     )
 
     def __post_init__(self):
@@ -135,12 +136,16 @@ class DualRateArguments:
                 raise ValueError(f"{name}: use_reentrant must be False; reentrant checkpoints cannot give ∂NLL/∂z.")
         if self.slow_optimizer == "muon":
             if not hasattr(torch.optim, "Muon"):
-                raise ValueError(f"slow_optimizer='muon' needs torch 2.9 or later; this is torch {torch.__version__}.")
+                raise ValueError(
+                    f"slow_optimizer='muon' needs torch 2.9 or later, got {torch.__version__}: take 'adamw'."
+                )
             if self.optim not in ("adamw_torch", "adamw_torch_fused"):
                 optim = getattr(self.optim, "value", self.optim)
                 raise ValueError(
                     f"Beside slow_optimizer='muon', optim must be adamw_torch or adamw_torch_fused, got {optim!r}."
                 )
+            if self.muon_learning_rate is None:
+                self.muon_learning_rate = 2 * self.learning_rate
         elif self.muon_learning_rate is not None:
             raise ValueError("muon_learning_rate is for slow_optimizer='muon'.")
 

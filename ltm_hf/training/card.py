@@ -200,7 +200,7 @@ def _recipe(config, arguments) -> dict[str, str]:
     warmup, rate = arguments.warmup_steps, f"{arguments.learning_rate:g}"
     if arguments.slow_optimizer == "muon":
         optimizer = f"Muon for the layers' matrices, {optimizer} for the rest"
-        rate += "" if arguments.muon_learning_rate is None else f" (Muon {arguments.muon_learning_rate:g})"
+        rate += f" (Muon {arguments.muon_learning_rate:g})"
     facts = {
         "batch": f"{arguments.per_device_train_batch_size} sequences a device, "
         f"gradients accumulated over {arguments.gradient_accumulation_steps}",

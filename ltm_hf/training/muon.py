@@ -12,11 +12,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     model: its hidden matrices are for Muon; embeddings, head, norms, gates and biases for AdamW.
     learning_rate: of AdamW. muon_learning_rate: of Muon, whose updates are scaled to the size (RMS) of AdamW's, so that
-        one learning rate and one weight decay can serve both (Liu et al. 2025); default: learning_rate.
+        one weight decay can serve both (Liu et al. 2025).
     weight_decay: on matrices only. adamw: other arguments of AdamW.
     """
 
-    def __init__(self, model, learning_rate, muon_learning_rate=None, weight_decay=0.0, **adamw):
+    def __init__(self, model, learning_rate, muon_learning_rate, weight_decay=0.0, **adamw):
         embeddings = {
             id(module.weight)
             for name, module in model.named_modules()
@@ -35,7 +35,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         )
         self._muon = torch.optim.Muon(
             [{"params": matrices}],
-            lr=learning_rate if muon_learning_rate is None else muon_learning_rate,
+            lr=muon_learning_rate,
             weight_decay=weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
@@ -47,7 +47,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def of_trainer(cls, trainer, model) -> "MuonWithAdamW":
         """As a `Trainer`'s arguments say. Raises ValueError under DeepSpeed."""
         if trainer.is_deepspeed_enabled:
-            raise ValueError("slow_optimizer='muon' needs whole matrices, which DeepSpeed's ZeRO flattens.")
+            raise ValueError(
+                "slow_optimizer='muon' needs whole matrices, and DeepSpeed's ZeRO flattens them: take 'adamw'."
+            )
         args = trainer.args
         _, adamw = trainer.get_optimizer_cls_and_kwargs(args, model)
         return cls(model, adamw.pop("lr"), args.muon_learning_rate, args.weight_decay, **adamw)

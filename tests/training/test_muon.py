@@ -46,7 +46,7 @@ def test_hidden_matrices_and_no_others(make_trainer, make_model, tied):
 def test_steps_are_those_of_torch(make_trainer, make_model, make_ids):
     """Against two optimisers of torch's on a copy, with weight decay and a learning rate that changes."""
     models, ids = (make_model(), make_model()), make_ids()
-    ours = make_trainer(models[0], weight_decay=0.1).create_optimizer()
+    ours = make_trainer(models[0], weight_decay=0.1, muon_learning_rate=1e-3).create_optimizer()
     parameters = dict(models[1].named_parameters())
     hidden = [name for name in parameters if "proj" in name]
     rest = [name for name in parameters if "proj" not in name]
@@ -77,6 +77,7 @@ def test_steps_are_those_of_torch(make_trainer, make_model, make_ids):
 
 def test_the_schedule_moves_both(make_trainer):
     trainer = make_trainer(muon_learning_rate=4e-3)
+    assert make_trainer().args.muon_learning_rate == 2e-3  # twice AdamW's, where nothing is said
     trainer.train()
     rates = {group["muon"]: group["lr"] for group in trainer.optimizer.param_groups}
     assert rates[True] == pytest.approx(4 * rates[False]) == pytest.approx(4e-4)  # cosine to a tenth
