@@ -1,20 +1,41 @@
 """What the examples' tests share: scripts in a process of their own, and one small run."""
 
+import multiprocessing
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+AS_A_SCRIPT = """
+import os, runpy, sys
+for number, path in enumerate(said, start=1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+os.environ.clear()
+os.environ.update(environment)
+os.chdir(place)
+sys.argv, sys.path[:0] = words, [os.path.dirname(words[0])]
+runpy.run_path(words[0], run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="session")
-def run():
-    """Run Python with arguments, in a process of its own; unless it may fail, what it said is shown if it does."""
+def run(tmp_path_factory):
+    """Run a script with arguments, in a process of its own; unless it may fail, what it said is shown if it does.
+
+    The processes are forks of one that has imported what takes seconds, and done nothing else.
+    """
+    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("said")
+    context.set_forkserver_preload(["ltm_hf.training", "ltm_hf.evaluation", "matplotlib.pyplot"])
 
     def run(*arguments, check=True):
-        result = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
+        words, said = list(map(str, arguments)), [folder / "stdout", folder / "stderr"]
+        names = {"words": words, "said": said, "environment": dict(os.environ), "place": os.getcwd()}
+        process = context.Process(target=exec, args=(AS_A_SCRIPT, names))
+        process.start()
+        process.join()
+        result = subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in said))
         assert not check or result.returncode == 0, result.stderr[-3000:]
         return result
 

@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,10 +50,11 @@ def test_the_twin_has_checkpoints_and_a_name_of_its_own(trained):
 
 
 @pytest.mark.parametrize("arguments", [("--prompt", "The people", "--greedy"), ("--num_inference_steps", 4), ()])
-def test_writes_in_a_process_without_the_package(run, trained, arguments, tmp_path, monkeypatch):
+def test_writes_in_a_process_without_the_package(trained, arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    result = run("-c", NO_PACKAGE, EXAMPLES / "generate.py", trained[0], "--max_new_tokens", 8, *arguments)
-    assert result.stdout.strip()
+    words = [EXAMPLES / "generate.py", trained[0], "--max_new_tokens", 8, *arguments]
+    result = subprocess.run([sys.executable, "-c", NO_PACKAGE, *map(str, words)], capture_output=True, text=True)
+    assert result.stdout.strip(), result.stderr
     if "--greedy" in arguments:
         assert result.stdout.startswith("The people")
 
