@@ -256,12 +256,6 @@ class VariationalAtLast(LTMTrainer):
         return super()._drawn(config, seed)
 
 
-class VariationalEarlier(VariationalAtLast):
-    """In the last two thirds."""
-
-    START = 1 / 3
-
-
 # ------------------------------------------------------------------ inference
 
 
@@ -310,7 +304,6 @@ LEVERS = {
     "bound-at-last": Lever(trainer=BoundAtLast),
     "bound-at-last-prior": Lever(full_prior, BoundAtLast),
     "variational-at-last": Lever(full_prior, VariationalAtLast),
-    "variational-earlier": Lever(full_prior, VariationalEarlier),
 }
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ class DualRateArguments:
     )
     muon_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Peak learning rate of Muon's matrices; default: twice learning_rate, as measured."},
+        metadata={"help": "Peak learning rate of Muon's matrices; default: twice learning_rate."},
     )
 
     def __post_init__(self):
@@ -135,6 +135,10 @@ class DualRateArguments:
             if (getattr(self, name, None) or {}).get("use_reentrant"):
                 raise ValueError(f"{name}: use_reentrant must be False; reentrant checkpoints cannot give ∂NLL/∂z.")
         if self.slow_optimizer == "muon":
+            if self.deepspeed_plugin is not None:
+                raise ValueError(
+                    "slow_optimizer='muon' needs whole matrices, and DeepSpeed's ZeRO flattens them: take 'adamw'."
+                )
             if not hasattr(torch.optim, "Muon"):
                 raise ValueError(
                     f"slow_optimizer='muon' needs torch 2.9 or later, got {torch.__version__}: take 'adamw'."

@@ -45,11 +45,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @classmethod
     def of_trainer(cls, trainer, model) -> "MuonWithAdamW":
-        """As a `Trainer`'s arguments say. Raises ValueError under DeepSpeed."""
-        if trainer.is_deepspeed_enabled:
-            raise ValueError(
-                "slow_optimizer='muon' needs whole matrices, and DeepSpeed's ZeRO flattens them: take 'adamw'."
-            )
+        """As a `Trainer`'s arguments say."""
         args = trainer.args
         _, adamw = trainer.get_optimizer_cls_and_kwargs(args, model)
         return cls(model, adamw.pop("lr"), args.muon_learning_rate, args.weight_decay, **adamw)

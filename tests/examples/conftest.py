@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 AS_A_SCRIPT = """
 import os, runpy, sys
 for number, path in enumerate(said, start=1):
-    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
 os.environ.clear()
 os.environ.update(environment)
 os.chdir(place)
@@ -26,10 +26,11 @@ def run(tmp_path_factory):
 
     The processes are forks of one that has imported what takes seconds, and done nothing else.
     """
-    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("said")
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ltm_hf.training", "ltm_hf.evaluation", "matplotlib.pyplot"])
 
     def run(*arguments, check=True):
+        folder = tmp_path_factory.mktemp("said")
         words, said = list(map(str, arguments)), [folder / "stdout", folder / "stderr"]
         names = {"words": words, "said": said, "environment": dict(os.environ), "place": os.getcwd()}
         process = context.Process(target=exec, args=(AS_A_SCRIPT, names))

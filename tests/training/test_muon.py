@@ -1,5 +1,7 @@
 """Muon beside AdamW: who gets what, the steps of both, schedules, checkpoints, and what is refused."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from datasets import Dataset
@@ -96,17 +98,18 @@ def test_resumed_training_is_the_unbroken_one(make_trainer, tmp_path):
     assert not torch.allclose(weights(other.model), weights(whole.model), atol=1e-3)
 
 
-def test_what_cannot_work_is_refused(make_trainer, tmp_path, monkeypatch):
+def test_what_cannot_work_is_refused(make_trainer, make_arguments, monkeypatch):
     with pytest.raises(ValueError, match="slow_optimizer must be one of adamw, muon"):
         make_trainer(slow_optimizer="sgd")
     with pytest.raises(ValueError, match="optim must be adamw_torch or adamw_torch_fused, got 'sgd'"):
         make_trainer(optim="sgd")
     with pytest.raises(ValueError, match="muon_learning_rate is for slow_optimizer='muon'"):
         make_trainer(slow_optimizer="adamw", muon_learning_rate=1e-3)
-    trainer = make_trainer()
-    trainer.is_deepspeed_enabled = True
-    with pytest.raises(ValueError, match="needs whole matrices"):
-        trainer.create_optimizer()
+    with monkeypatch.context() as launched:  # as by accelerate, before there is a model
+        launched.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        launched.setattr("accelerate.utils.DeepSpeedPlugin", MagicMock())
+        with pytest.raises(ValueError, match="needs whole matrices, and DeepSpeed's ZeRO flattens them: take 'adamw'"):
+            make_arguments(slow_optimizer="muon")
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match="needs torch 2.9 or later"):
         make_trainer()
