@@ -2,7 +2,7 @@
 
     accelerate launch examples/pretrain.py                       # ltm-tiny on presidents' messages, a few CPU minutes
     accelerate launch examples/pretrain.py --baseline            # and its autoregressive twin, on the same tokens
-    accelerate launch examples/pretrain.py --slow_optimizer adamw --report_to tensorboard    # not Muon: for DeepSpeed
+    accelerate launch examples/pretrain.py --slow_optimizer adamw --report_to tensorboard    # not by Muon
     accelerate launch examples/pretrain.py --preset ltm-small --dataset_name HuggingFaceFW/fineweb-edu --streaming \
         --tokenizer gpt2 --bf16 --max_steps 30000 --output_dir outputs/ltm-small
     accelerate launch examples/pretrain.py --prepared data/blocks            # made by examples/prepare_data.py
