@@ -1,14 +1,41 @@
 """Configuration of a Latent Thought Model. Travels to the Hub with every checkpoint."""
 
 import math
+import operator
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from numbers import Real
+from typing import TYPE_CHECKING, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+if TYPE_CHECKING:
+    # transformers tells two folders' code apart by this file and those it names: this line makes them all count.
+    from .modeling_ltm import LTMForCausalLM  # noqa: F401
+
 SELF_ATTENTIONS = ("mistral", "qwen2", "qwen3")
 _STEP_SIZES = {"variational": 0.5, "langevin": 0.1, "amortized": 0.5}  # where none is given
+# Fields that are derived anew where these change. (A stride is kept with more positions: weights have learned by it.)
+_FOLLOWS = {
+    "head_dim": {"hidden_size", "num_attention_heads"},
+    "num_key_value_heads": {"num_attention_heads"},
+    "latent_position_stride": {"num_latents"},
+}
+
+
+def whole_number(name: str, value, least: int | None = None) -> int:
+    """`value` as an int: numpy's integers are numbers too, True and 2.0 are not. Raises ValueError, naming it."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or (least is not None and number < least):
+        raise ValueError(f"{name} must be an integer{'' if least is None else f' of {least} or more'}, got {value!r}.")
+    return number
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -40,27 +67,28 @@ class InferenceSettings:
     def of(cls, config, **overrides) -> "InferenceSettings":
         """The settings of `config` (anything with these attributes), with the overrides that are not None.
 
-        A config's step size is of a fit or of a chain: a call that asks for the other takes that method's default.
+        A step size is of a fit or of a chain: a call that asks for the other than the config's takes its default.
         """
         settings = {field.name: getattr(config, field.name) for field in fields(cls)}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
-        method = overrides.get("inference_method")
-        if method in _STEP_SIZES and (method == "langevin") != (config.inference_method == "langevin"):
-            settings["inference_learning_rate"] = _STEP_SIZES[method]
-        return cls(**settings | overrides)
+        settings |= {name: value for name, value in overrides.items() if value is not None}
+        method = settings["inference_method"]
+        if (method == "langevin") != (config.inference_method == "langevin"):
+            settings["inference_learning_rate"] = overrides.get("inference_learning_rate")
+        if settings["inference_learning_rate"] is None:
+            settings["inference_learning_rate"] = _STEP_SIZES.get(method, 0.5)
+        return cls(**settings)
 
     def __post_init__(self):
-        steps = self.num_inference_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"num_inference_steps must be an integer of 0 or more, got {steps!r}.")
-        rate, decay = self.inference_learning_rate, self.inference_weight_decay
-        if not (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0):
+        steps = whole_number("num_inference_steps", self.num_inference_steps, least=0)
+        rate, decay, tolerance = self.inference_learning_rate, self.inference_weight_decay, self.inference_tolerance
+        if not (_is_finite(rate) and rate > 0):
             raise ValueError(f"inference_learning_rate must be positive and finite, got {rate!r}.")
-        if not (isinstance(decay, (int, float)) and math.isfinite(decay) and decay >= 0):
+        if not (_is_finite(decay) and decay >= 0):
             raise ValueError(f"inference_weight_decay must be 0 or more and finite, got {decay!r}.")
-        tolerance = self.inference_tolerance
-        if tolerance is not None and not (isinstance(tolerance, (int, float)) and math.isfinite(tolerance)):
+        if tolerance is not None and not _is_finite(tolerance):
             raise ValueError(f"inference_tolerance must be None or finite, got {tolerance!r}.")
+        object.__setattr__(self, "num_inference_steps", steps)  # numbers of numpy become Python's
+        object.__setattr__(self, "inference_learning_rate", float(rate))
         for name, allowed in self.CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
@@ -133,7 +161,7 @@ class LTMConfig(PreTrainedConfig):
 
     model_type = "ltm"
     attention_bias = False  # Qwen3Attention reads it
-    keys_to_ignore_at_inference = ["past_key_values", "latents"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "latents"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -201,24 +229,24 @@ class LTMConfig(PreTrainedConfig):
     initial_log_variance_std: float | int = 0.1
 
     def __post_init__(self, **kwargs):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "max_position_embeddings"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be 1 or more, got {number}.")
+        for name, value in self._derived().items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})."
             )
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size ({self.hidden_size}) must be a multiple of "
-                    f"num_attention_heads ({self.num_attention_heads}), or head_dim must be given."
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads}), or head_dim must be given."
+            )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
         if self.sliding_window is not None and self.sliding_window < 2:  # transformers' cache cannot hold a window of 1
@@ -261,10 +289,6 @@ class LTMConfig(PreTrainedConfig):
                 f"num_attention_heads · head_dim = hidden_size, got {self.num_key_value_heads}, "
                 f"{self.num_attention_heads}, {self.head_dim} and {self.hidden_size}."
             )
-        if self.num_latents and self.latent_position_stride is None:
-            self.latent_position_stride = max(1, self.max_position_embeddings // self.num_latents)
-        if self.inference_learning_rate is None:
-            self.inference_learning_rate = _STEP_SIZES.get(self.inference_method, 0.5)
         InferenceSettings.of(self)  # raises where a setting cannot work
         # Rules for modules that this model lacks would be warned of at each parallel load.
         # Without projections of values, cross-attention is not split.
@@ -273,9 +297,9 @@ class LTMConfig(PreTrainedConfig):
         self.base_model_tp_plan = {
             name: rule for name, rule in self.base_model_tp_plan.items() if not any(part in name for part in lacking)
         }
-        # Caches and masks are derived from these.
-        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
-        kwargs.setdefault("layer_types", [kind] * self.num_hidden_layers)
+        layer_types = kwargs.pop("layer_types", None)
+        if layer_types not in (None, self.layer_types):
+            raise ValueError(f"layer_types follow from sliding_window, {self.layer_types} here; got {layer_types}.")
         # Saving a model maps only the saved class; a checkpoint should load through all three Auto classes.
         kwargs.setdefault(
             "auto_map",
@@ -289,10 +313,32 @@ class LTMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, which would load a checkpoint of another architecture with no more than a warning."""
+        """As in transformers, which would load a checkpoint of another architecture with no more than a warning, and
+        set overrides on a configuration that is made already: here all is checked, and derived anew, with them."""
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(f"This is the checkpoint of a {config_dict['model_type']!r} model, not of an LTM.")
-        return super().from_dict(config_dict, **kwargs)
+        names = {field.name for field in fields(cls)} | {"layer_types"}
+        overrides = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        for name, sources in _FOLLOWS.items():
+            derived = overrides and config_dict.get(name) == cls(**config_dict)._derived().get(name)
+            if derived and overrides.keys() & sources:
+                config_dict = {other: value for other, value in config_dict.items() if other != name}
+        return super().from_dict(config_dict | overrides, **kwargs)
+
+    def _derived(self) -> dict[str, int]:
+        """What fields are that nobody sets."""
+        derived = {"num_key_value_heads": self.num_attention_heads}
+        if self.hidden_size % self.num_attention_heads == 0:
+            derived["head_dim"] = self.hidden_size // self.num_attention_heads
+        if self.num_latents:
+            derived["latent_position_stride"] = max(1, self.max_position_embeddings // self.num_latents)
+        return derived
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' masks and caches go by: as `sliding_window` is now."""
+        kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+        return [kind] * self.num_hidden_layers
 
     @property
     def reading_layers(self) -> list[int]:

@@ -10,11 +10,19 @@ from dataclasses import dataclass, fields
 from functools import wraps
 
 import torch
-from transformers.generation import GenerationMixin
+from transformers import GenerationConfig
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.utils import ModelOutput
 
-from .configuration_ltm import InferenceSettings
-from .posterior_ltm import LatentPosterior, check_sequences, infer_posterior, processes_go_together
+from .cache_ltm import CACHE, CacheByBothNames, check_filled_with_latents, keep_latents, kept_latents, the_cache
+from .configuration_ltm import InferenceSettings, whole_number
+from .posterior_ltm import (
+    LatentPosterior,
+    check_posterior,
+    check_sequences,
+    infer_posterior,
+    processes_go_together,
+)
 
 # What generate() takes, and generation_config.json keeps, beside transformers' own. None: as in the model's config.
 _SETTINGS = (*(field.name for field in fields(InferenceSettings)), "inference_seed", "sample_latents", "reinfer_every")
@@ -96,6 +104,20 @@ class _Reinference:
         return written > 0 and written % self.every == 0
 
 
+@dataclass
+class LTMGenerateOutput(CacheByBothNames, GenerateDecoderOnlyOutput):
+    """transformers' output of greedy search and sampling, and the `posterior` of the prompts if one was inferred."""
+
+    posterior: LatentPosterior | None = None
+
+
+@dataclass
+class LTMGenerateBeamOutput(CacheByBothNames, GenerateBeamDecoderOnlyOutput):
+    """transformers' output of beam search, and the `posterior` of the prompts if one was inferred."""
+
+    posterior: LatentPosterior | None = None
+
+
 class LTMGenerationMixin(GenerationMixin):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -112,6 +134,8 @@ class LTMGenerationMixin(GenerationMixin):
         posterior=None,
         num_latent_samples=None,
         inference_callback=None,
+        cache=None,
+        past_key_values=None,
         **kwargs,
     ):
         """Infer latents from the prompt, then generate as any causal LM of transformers.
@@ -123,6 +147,8 @@ class LTMGenerationMixin(GenerationMixin):
             texts. Rows of the result are grouped by prompt, then by thought.
         inference_callback: called after each inference step, as `infer_posterior`'s `callback`. Prompts of different
             lengths are then inferred in one padded batch, else in buckets, with the same posterior.
+        cache, past_key_values: two names of one argument. A cache holds the latents that it was filled with: a call
+            that continues it reads those, unless `latents` or a `posterior` are given.
         inference_method, num_inference_steps, inference_learning_rate, …: as in `LTMConfig`, for this call. As
             everything that `GenerationConfig` holds, they can be set there and are saved with it.
         reinfer_every: infer again after every so many tokens, from all the text so far, and write on with its latents
@@ -133,39 +159,43 @@ class LTMGenerationMixin(GenerationMixin):
             gets a sample of the prior when sampling; False by "map", whose variance says nothing. The sample follows
             torch's global generator; prompts of the same tokens share it.
 
-        With `return_dict_in_generate`, the result has the `posterior` of the prompts, None if latents were given. A
-        cache holds the latents that it was built with: a call that continues it reads those, unless others are given.
-        Raises ValueError for bad input before any computation, and for `inputs_embeds` alone, which has no token ids to
-        infer latents from.
+        With `return_dict_in_generate`, the result has the `posterior` of the prompts, None if latents were given.
+        Raises ValueError for bad input before any computation, for `inputs_embeds` alone, which has no token ids to
+        infer latents from, and for a cache that was filled without latents.
         """
+        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+            raise ValueError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}.")
         settings, sample_latents, reinfer_every = self._pop_inference_settings(generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        cache = the_cache(cache, past_key_values)
+        if cache is not None:
+            kwargs[CACHE] = cache
         if not self.config.num_latents:
             if latents is not None or posterior is not None or num_latent_samples is not None:
                 raise ValueError("This model was built with num_latents=0 and takes no latents.")
             if input_ids is not None:
-                check_sequences(self, input_ids)
-            return super().generate(input_ids, generation_config, *args, **kwargs)
+                self._check_prompts(input_ids)
+            return self._output(super().generate(input_ids, generation_config, *args, **kwargs))
 
         if latents is not None and (posterior is not None or num_latent_samples is not None):
             raise ValueError("latents are given: posterior and num_latent_samples have nothing to say beside them.")
-        if num_latent_samples is not None and num_latent_samples < 1:
-            raise ValueError(f"num_latent_samples must be 1 or more, got {num_latent_samples}.")
+        if num_latent_samples is not None:
+            num_latent_samples = whole_number("num_latent_samples", num_latent_samples, least=1)
         if reinfer_every is not None:
-            self._check_reinference(reinfer_every, generation_config, kwargs)
+            reinfer_every = whole_number("reinfer_every", reinfer_every, least=1)
+            self._check_reinference(generation_config, kwargs)
+        self._check_given(latents, posterior)
+        self._use_kept_latents(cache, latents, posterior, num_latent_samples, kwargs)
+        known, embeds = "latent_key_values" in kwargs, kwargs.get("inputs_embeds")
         given = latents if posterior is None else posterior
-        cache, embeds = kwargs.get("past_key_values"), kwargs.get("inputs_embeds")
-        if given is None and num_latent_samples is None and cache is not None and cache.get_seq_length():
-            kwargs.setdefault("latent_key_values", getattr(cache, "latent_key_values", None))
-        known = kwargs.get("latent_key_values") is not None
 
         if input_ids is None and embeds is None:
             input_ids = self._begin_of_text(latents if posterior is None else posterior.mean, generation_config, kwargs)
         if input_ids is not None:
             attention_mask = kwargs.get("attention_mask")
+            self._check_prompts(input_ids, attention_mask)
             if attention_mask is None:
                 attention_mask = self._padding_mask(input_ids, generation_config, kwargs)
-            check_sequences(self, input_ids, attention_mask)
         elif not (known or given is not None) or num_latent_samples is not None or reinfer_every is not None:
             raise ValueError("Latents are inferred from token ids: pass input_ids (inputs_embeds alone has none).")
         prompts = embeds if input_ids is None else input_ids
@@ -184,8 +214,9 @@ class LTMGenerationMixin(GenerationMixin):
             if num_latent_samples is not None:
                 samples = [posterior.sample() for _ in range(num_latent_samples)]
                 latents = torch.stack(samples, dim=1).flatten(0, 1)
-                input_ids = input_ids.repeat_interleave(num_latent_samples, dim=0)
-                kwargs["attention_mask"] = attention_mask.repeat_interleave(num_latent_samples, dim=0)
+                input_ids, kwargs = self._expand_inputs_for_generation(
+                    num_latent_samples, input_ids=input_ids, **kwargs | {"attention_mask": attention_mask}
+                )
             elif latents is None:
                 latents = read(posterior)
             kwargs["latent_key_values"] = self.project_latents(latents.to(prompts.device))
@@ -193,10 +224,39 @@ class LTMGenerationMixin(GenerationMixin):
             kwargs["reinference"] = _Reinference(
                 reinfer_every, input_ids.shape[1], lambda *text: self.project_latents(read(think(*text)))
             )
-        output = super().generate(input_ids, generation_config, *args, **kwargs)
-        if isinstance(output, ModelOutput):
-            output["posterior"] = posterior
-        return output
+        return self._output(super().generate(input_ids, generation_config, *args, **kwargs), posterior)
+
+    def _check_prompts(self, input_ids, attention_mask=None) -> None:
+        check_sequences(self, input_ids, attention_mask)
+        if not input_ids.numel():
+            raise ValueError(
+                "A prompt must have a token, and a batch a prompt, got input_ids of the shape "
+                f"{tuple(input_ids.shape)}: to write without a prompt, leave them out."
+            )
+
+    def _check_given(self, latents, posterior) -> None:
+        if posterior is not None:
+            check_posterior(posterior)
+        if latents is not None and not (torch.is_tensor(latents) and latents.isfinite().all()):
+            raise ValueError("latents must be a tensor of finite numbers.")
+
+    def _use_kept_latents(self, cache, latents, posterior, num_latent_samples, kwargs) -> None:
+        """Let a call that continues a cache read the latents in it, where it brings none of its own."""
+        check_filled_with_latents(cache)
+        if latents is None and posterior is None and (kept := kept_latents(cache)):
+            if num_latent_samples is not None:
+                raise ValueError("num_latent_samples draws other latents than those that the cache was filled with.")
+            if "latents" in kept:
+                kept = {"latent_key_values": self.project_latents(kept["latents"])}
+            kwargs.setdefault("latent_key_values", kept["latent_key_values"])
+
+    @staticmethod
+    def _output(output, posterior=None):
+        """What transformers returns, with the posterior, its cache by both names."""
+        if not isinstance(output, ModelOutput):
+            return output
+        kinds = {GenerateDecoderOnlyOutput: LTMGenerateOutput, GenerateBeamDecoderOnlyOutput: LTMGenerateBeamOutput}
+        return kinds[type(output)](**output, posterior=posterior)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused with latents: continuous batching packs requests into one row, which has none for each of them.
@@ -209,9 +269,7 @@ class LTMGenerationMixin(GenerationMixin):
             self.set_attn_implementation("sdpa")
         return super().init_continuous_batching(*args, **kwargs)
 
-    def _check_reinference(self, reinfer_every, generation_config, kwargs) -> None:
-        if reinfer_every < 1:
-            raise ValueError(f"reinfer_every must be None or at least 1, got {reinfer_every}.")
+    def _check_reinference(self, generation_config, kwargs) -> None:
         drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
         several = (self._setting(generation_config, kwargs, "num_beams") or 1) > 1
         if several or any(self._setting(generation_config, kwargs, name) is not None for name in drafts):
@@ -219,6 +277,8 @@ class LTMGenerationMixin(GenerationMixin):
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads the signature
     def prepare_inputs_for_generation(self, input_ids, *args, reinference=None, **kwargs):
+        for name in ("tokenizer", "assistant_tokenizer"):  # of stopping criteria: transformers leaves them here
+            kwargs.pop(name, None)
         if reinference is not None:
             if reinference.is_due(input_ids):
                 self._think_again(reinference, input_ids, kwargs)
@@ -231,22 +291,23 @@ class LTMGenerationMixin(GenerationMixin):
         reinference.latent_key_values = reinference.think(input_ids, kwargs.get("attention_mask"))
         if reinference.new_cache is None:
             return
-        kwargs["past_key_values"] = reinference.new_cache(reinference.latent_key_values)
+        kwargs[CACHE] = reinference.new_cache(reinference.latent_key_values)
         before = {name: x[:, :-1] for name in ("attention_mask", "position_ids") if (x := kwargs.get(name)) is not None}
         others = {"next_sequence_length": None, "latent_key_values": reinference.latent_key_values}
         self(**super().prepare_inputs_for_generation(input_ids[:, :-1], **kwargs | before | others))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache, reinference = model_kwargs.get("past_key_values"), model_kwargs.get("reinference")
+        cache, reinference = model_kwargs.get(CACHE), model_kwargs.get("reinference")
         if cache is None:
             return
-        cache.latent_key_values = model_kwargs.get("latent_key_values")  # for a call that continues it
+        if (latents := model_kwargs.get("latent_key_values")) is not None:  # a compiled forward could not
+            keep_latents(cache, latent_key_values=latents)
 
         def new_cache(latent_key_values):
             fresh = {"latent_key_values": latent_key_values}
             self._prepare_cache_for_generation(generation_config, fresh, *args)
-            return fresh["past_key_values"]
+            return fresh[CACHE]
 
         if reinference is not None:
             reinference.new_cache = new_cache
@@ -289,6 +350,10 @@ class LTMGenerationMixin(GenerationMixin):
             kwargs.pop(name, None)
         seed, reinfer_every = settings.pop("inference_seed"), settings.pop("reinfer_every")
         sample_latents = settings.pop("sample_latents")
+        if sample_latents not in (None, True, False):
+            raise ValueError(f"sample_latents must be True, False or None, got {sample_latents!r}.")
+        if seed is not None:
+            whole_number("inference_seed", seed)
         optimizer = InferenceSettings.of(self.config, **settings).inference_optimizer
         if sample_latents is None:
             sample_latents = bool(self._setting(generation_config, kwargs, "do_sample")) and optimizer != "map"

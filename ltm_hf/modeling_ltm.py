@@ -6,6 +6,7 @@ The building blocks are Mistral's. Differences: each layer has a cross-attention
 self-attention and feed-forward (paper section 3), and a learned gate on that cross-attention's output.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
     sdpa_mask,
 )
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -44,15 +46,25 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .cache_ltm import CACHE, CacheByBothNames, check_filled_with_latents, keep_latents, kept_latents, the_cache
 from .configuration_ltm import LTMConfig
 from .generation_ltm import LTMGenerationMixin
 from .posterior_ltm import IGNORED, Prelude, elbo, infer_posterior, sample_prior
 
 _SELF_ATTENTIONS = {"mistral": MistralAttention, "qwen2": Qwen2Attention, "qwen3": Qwen3Attention}
+# Arguments of `forward` that are for others: transformers' decorators, and attention functions with **kwargs.
+_PASSED_ON = {"output_hidden_states", "output_attentions", "return_dict", *FlashAttentionKwargs.__annotations__}
+_GIVEN_BY_LAYERS = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal"}
+_LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
 @dataclass
-class LTMCausalLMOutputWithPast(CausalLMOutputWithCrossAttentions):
+class LTMModelOutputWithPast(CacheByBothNames, BaseModelOutputWithPastAndCrossAttentions):
+    """transformers' output of a decoder; its cache answers to both its names."""
+
+
+@dataclass
+class LTMCausalLMOutputWithPast(CacheByBothNames, CausalLMOutputWithCrossAttentions):
     """transformers' causal LM output and `latents`, the (B, L, N, D) latents that the decoder read, if any.
 
     They are detached: a module that returned the leaf itself could not be watched by hooks while `infer_posterior`
@@ -232,7 +244,6 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         latent_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
         prelude: Prelude | None = None,
         **kwargs,
     ) -> torch.Tensor:
@@ -242,8 +253,7 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
                     hidden_states=self.input_layernorm(hidden_states),
                     attention_mask=attention_mask,
                     position_embeddings=position_embeddings,
-                    past_key_values=past_key_values,
-                    **kwargs,
+                    **kwargs,  # the cache among them
                 )
                 hidden_states = hidden_states + attended
                 if self.reads_after_mlp:
@@ -271,7 +281,7 @@ class LTMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LTMDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -289,12 +299,9 @@ class LTMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args, **kwargs):
         """As transformers'. Under FSDP2 too, which puts the model into a class of its own, whose code it would save."""
-        cls = type(self)
-        self.__class__ = next(base for base in cls.__mro__ if not hasattr(base, "unshard"))
-        try:
-            return super().save_pretrained(*args, **kwargs)
-        finally:
-            self.__class__ = cls
+        plain = object.__new__(next(base for base in type(self).__mro__ if not hasattr(base, "unshard")))
+        plain.__dict__ = self.__dict__  # the same model, seen as of its own class
+        return super(LTMPreTrainedModel, plain).save_pretrained(*args, **kwargs)
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -365,18 +372,33 @@ class LTMModel(LTMPreTrainedModel):
         latent_key_values: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         prelude: Prelude | None = None,
+        cache: Cache | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> LTMModelOutputWithPast:
         """Hidden states (B, S, D) of tokens given latents.
 
         latents: (B, L, N, D), or None for a plain windowed decoder (the same as latents of zero).
         latent_key_values: (B, L, 2, K, N, d) from `project_latents`, in place of `latents`.
+        cache, past_key_values: two names of one argument. It holds the latents that it is filled with, and later calls
+            read these unless they give others.
         position_ids: counted over the unmasked tokens by default, so that padding on either side changes nothing.
         prelude: of these tokens under these weights; the fast loop's own, for a decoder without a cache. Without
             latents it is filled for the passes that read some.
+        kwargs: of the attention function, and transformers' `output_hidden_states` and the like.
 
-        Raises ValueError for latents of another shape, or given twice.
+        Raises ValueError for latents of another shape, or given twice, and for some with a cache that was filled
+        without; TypeError for an argument that nobody knows.
         """
+        cache = the_cache(cache, past_key_values)
+        paged = not isinstance(cache, Cache | None)  # of continuous batching, which has a protocol of its own
+        if not paged:
+            self._check_known(kwargs)
+        if cache is not None and not paged and not torch.compiler.is_compiling():
+            if latents is None and latent_key_values is None:
+                given = kept_latents(cache)
+                latents, latent_key_values = given.get("latents"), given.get("latent_key_values")
+            else:
+                check_filled_with_latents(cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
         # .shape, not len(): torch.export keeps the batch size symbolic.
@@ -391,12 +413,12 @@ class LTMModel(LTMPreTrainedModel):
         if prelude is not None and prelude.inputs is not None:
             hidden_states, shared = prelude.inputs
         else:
-            hidden_states, past_key_values, shared = self._layer_inputs(
+            hidden_states, cache, shared = self._layer_inputs(
                 input_ids,
                 inputs_embeds,
                 attention_mask,
                 position_ids,
-                past_key_values,
+                cache,
                 use_cache,
                 has_latents=latents is not None or prelude is not None,
             )
@@ -415,27 +437,38 @@ class LTMModel(LTMPreTrainedModel):
                     hidden_states,
                     read if latent_key_values is None else None,
                     None if latent_key_values is None else read,
-                    past_key_values=past_key_values,
                     use_cache=use_cache,
                     prelude=prelude if index == first else None,
+                    **{"cache" if paged else CACHE: cache},
                     **shared,
                     **kwargs,
                 )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+        if use_cache and given is not None and not torch.compiler.is_compiling():
+            keep_latents(cache, **{"latents" if latent_key_values is None else "latent_key_values": given})
+        return LTMModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), **{CACHE: cache if use_cache else None}
         )
 
+    def _check_known(self, kwargs) -> None:
+        """Raise TypeError for arguments that nobody reads: the library may have meant them for this model."""
+        if all(name in _PASSED_ON for name in kwargs):
+            return
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        known = _PASSED_ON | {f"output_{name}" for name in self._can_record_outputs}
+        known |= inspect.signature(attention).parameters.keys() - _GIVEN_BY_LAYERS
+        for name in sorted(kwargs.keys() - known):
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}.")
+
     def _layer_inputs(
-        self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, has_latents
+        self, input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache, has_latents
     ) -> tuple[torch.Tensor, Cache | None, dict]:
         """Embeddings (B, S, D), the cache, and what all layers share: mask, positions, rotary tables."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            position_ids = self._default_position_ids(inputs_embeds, attention_mask, past_key_values)
+            position_ids = self._default_position_ids(inputs_embeds, attention_mask, cache)
 
         kind = self.config.layer_types[0]  # all layers are of one kind
         if isinstance(attention_mask, dict):  # made by generate() for caches that compile
@@ -446,13 +479,13 @@ class LTMModel(LTMPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
 
         return (
             inputs_embeds,
-            past_key_values,
+            cache,
             dict(
                 attention_mask=mask,
                 position_ids=position_ids,
@@ -462,9 +495,9 @@ class LTMModel(LTMPreTrainedModel):
         )
 
     @staticmethod
-    def _default_position_ids(inputs_embeds, attention_mask, past_key_values) -> torch.LongTensor:
+    def _default_position_ids(inputs_embeds, attention_mask, cache) -> torch.LongTensor:
         length = inputs_embeds.shape[1]
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = cache.get_seq_length() if cache is not None else 0
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
         return (torch.arange(length, device=inputs_embeds.device) + seen)[None]
@@ -759,28 +792,39 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         loss_reduction: str | None = None,
         prelude: Prelude | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> LTMCausalLMOutputWithPast:
         """Logits (B, S, vocabulary) of the next token given latents, and the mean loss in nats a token given labels.
 
         latents: (B, L, N, D), or None for a plain windowed decoder (the same as latents of zero).
         latent_key_values: (B, L, 2, K, N, d) from `project_latents`, in place of `latents`.
+        cache, past_key_values: two names of one argument. It holds the latents that it is filled with, and later calls
+            read these unless they give others.
         labels: (B, S), shifted inside; -100 is not scored. `num_items_in_batch` divides the sum if given.
         loss_reduction: with labels, a loss and no logits, which need never exist all at once. "mean" gives the same
             loss (see `mean_loss`), "none" that of each token (B, S - 1), 0 where not scored (see `token_losses`).
+        kwargs: of the loss and the attention function, and transformers' `output_hidden_states` and the like.
 
-        Raises ValueError for latents of another shape, or given twice.
+        Raises ValueError for latents of another shape, or given twice, and for some with a cache that was filled
+        without; TypeError for an argument that nobody knows.
         """
         if loss_reduction not in (None, "mean", "none") or (loss_reduction is not None and labels is None):
             raise ValueError(
                 f"loss_reduction must be None or, with labels, 'mean' or 'none'; got {loss_reduction!r}"
                 f"{' without labels' if labels is None else ''}."
             )
+        plain_loss = self.loss_function is ForCausalLMLoss
+        names = _LOSS_ARGUMENTS if plain_loss else inspect.signature(self.loss_function).parameters
+        of_loss = {name: kwargs.pop(name) for name in names if name in kwargs}
+        of_loss = {name: value for name, value in of_loss.items() if value is not None}
+        if loss_reduction == "none" and "shift_labels" in of_loss:
+            raise ValueError("loss_reduction='none' takes labels, and shifts them itself: shift_labels do not fit.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=the_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             latents=latents,
             latent_key_values=latent_key_values,
@@ -791,24 +835,23 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
         if loss_reduction == "none":
             loss = token_losses(self.lm_head, hidden_states[:, :-1], labels[:, 1:], prelude)
-        elif loss_reduction == "mean" and self.loss_function is ForCausalLMLoss and kwargs.get("shift_labels") is None:
-            num_items = kwargs.get("num_items_in_batch")
-            loss = mean_loss(self.lm_head, hidden_states[:, :-1], labels[:, 1:], num_items)
+        elif loss_reduction == "mean" and plain_loss and all(name == "num_items_in_batch" for name in of_loss):
+            loss = mean_loss(self.lm_head, hidden_states[:, :-1], labels[:, 1:], of_loss.get("num_items_in_batch"))
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])
             if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
             logits = logits if loss_reduction is None else None
         return LTMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             latents=None if latents is None else latents.detach(),
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
 
-__all__ = ["LTMCausalLMOutputWithPast", "LTMForCausalLM", "LTMModel", "LTMPreTrainedModel"]
+__all__ = ["LTMCausalLMOutputWithPast", "LTMForCausalLM", "LTMModel", "LTMModelOutputWithPast", "LTMPreTrainedModel"]

@@ -9,20 +9,25 @@ sequence's fit does not depend on its batch mates. The one gradient that the loo
 g = ∂NLL/∂z; the KL's is known in closed form.
 """
 
+import copy
 import math
+import operator
 import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import NamedTuple, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .configuration_ltm import InferenceSettings
+from .configuration_ltm import InferenceSettings, whole_number
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +80,7 @@ def keyed_normal(keys: torch.Tensor, shape: tuple[int, ...], *words: int) -> tor
 
 def _drawn_seed(seed: int | None) -> int:
     """`seed`, or one from torch's global generator, so that `torch.manual_seed` governs unseeded samples."""
-    return int(torch.randint(2**62, ())) if seed is None else seed
+    return int(torch.randint(2**62, ())) if seed is None else whole_number("seed", seed)
 
 
 # ------------------------------------------------------------------ the posterior
@@ -93,7 +98,7 @@ def kl_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tenso
     return kl_terms(mean, log_variance).flatten(start_dim=1).sum(dim=1)
 
 
-@dataclass
+@dataclass(eq=False)
 class LatentPosterior:
     """q(z|x) = N(mean, diag exp(log_variance)) of a batch of sequences.
 
@@ -124,17 +129,30 @@ class LatentPosterior:
     def __len__(self) -> int:
         return len(self.mean)
 
+    def __eq__(self, other) -> bool:
+        """Whether both are the same distribution of the same sequences."""
+        if not isinstance(other, LatentPosterior):
+            return NotImplemented
+        return all(torch.equal(getattr(self, x), getattr(other, x)) for x in ("mean", "log_variance", "keys"))
+
     def __getitem__(self, rows) -> "LatentPosterior":
-        """The posterior of some of the sequences: an index, a slice, a list or a tensor of rows."""
-        rows = [rows] if isinstance(rows, int) else rows
+        """The posterior of some of the sequences: an index, a slice, or a list, an array or a tensor of rows."""
+        try:
+            rows = [operator.index(rows)]  # one row stays a batch
+        except TypeError:
+            rows = rows if isinstance(rows, slice) else torch.as_tensor(rows, device=self.mean.device)
         trace = None if self.elbo_trace is None else self.elbo_trace[:, rows]
         return LatentPosterior(self.mean[rows], self.log_variance[rows], trace, self.keys[rows])
 
     def lerp(self, other: "LatentPosterior", weight: float) -> "LatentPosterior":
         """Between two thoughts: means and log-variances on the line from this one (0) to the other (1).
 
-        Where one of them is a point, so is what lies between.
+        Where one of them is a point, so is what lies between. Raises ValueError for posteriors of different shapes.
         """
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(
+                f"Both posteriors must have one shape, got {tuple(self.mean.shape)} and {tuple(other.mean.shape)}."
+            )
         log_variance = self.log_variance.lerp(other.log_variance, weight)
         point = self.log_variance.isneginf() | other.log_variance.isneginf()  # on a line from -inf there is NaN
         return LatentPosterior(
@@ -147,15 +165,24 @@ class LatentPosterior:
         tensors = {"mean": self.mean, "log_variance": self.log_variance, "keys": self.keys}
         if self.elbo_trace is not None:
             tensors["elbo_trace"] = self.elbo_trace
-        save_file({name: x.contiguous() for name, x in tensors.items()}, os.path.join(folder, _FILE))
+        # Copies: safetensors refuses tensors that share memory.
+        save_file({name: x.detach().clone().contiguous() for name, x in tensors.items()}, os.path.join(folder, _FILE))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "LatentPosterior":
-        """What `save_pretrained` wrote, on the CPU. Raises FileNotFoundError if the folder has none."""
+        """What `save_pretrained` wrote, on the CPU.
+
+        Raises FileNotFoundError if the folder has none, ValueError if the file is torn or holds something else.
+        """
         path = os.path.join(folder, _FILE)
         if not os.path.isfile(path):
             raise FileNotFoundError(f"There is no {_FILE} in {os.fspath(folder)!r}.")
-        return cls(**load_file(path))
+        try:
+            posterior = cls(**load_file(path))
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(f"{path} holds no posterior: {error}.") from error
+        check_posterior(posterior)
+        return posterior
 
     def reparameterize(self, epsilon: torch.Tensor) -> torch.Tensor:
         """z = mean + std·ε."""
@@ -179,15 +206,32 @@ def sample_prior(model, batch_size: int, seed: int | None = None) -> torch.Tenso
     if not model.config.num_latents:
         raise ValueError("This model was built with num_latents=0: it has no latents to draw.")
     device = "cpu" if model.device.type == "meta" else model.device  # all weights are offloaded
-    keys = torch.arange(batch_size, device=device)
+    keys = torch.arange(whole_number("batch_size", batch_size, least=1), device=device)
     return keyed_normal(keys, model.config.latent_shape, _drawn_seed(seed), _SAMPLE)
 
 
 # ------------------------------------------------------------------ the likelihood and the bound
 
 
+def check_posterior(posterior, batch_size: int | None = None, name: str = "posterior") -> None:
+    """Refuse, with a ValueError, what is no posterior, holds NaN, or is of another number of sequences.
+
+    By what it holds and not by its class, of which a checkpoint's own code has another.
+    """
+    mean, log_variance = getattr(posterior, "mean", None), getattr(posterior, "log_variance", None)
+    if not (torch.is_tensor(mean) and torch.is_tensor(log_variance)):
+        raise ValueError(f"{name} must be a LatentPosterior, got {type(posterior).__name__}.")
+    if not (mean.isfinite().all() and (log_variance < torch.inf).all()):
+        raise ValueError(f"{name} holds numbers that are not finite.")
+    if batch_size not in (None, len(mean)):
+        raise ValueError(f"{name} is of {len(mean)} sequences, where there are {batch_size}.")
+
+
 def check_sequences(model, input_ids, attention_mask=None, labels=None) -> None:
     """Refuse, with a ValueError, token ids, masks and labels that do not fit the model or each other."""
+    for name, tensor in (("input_ids", input_ids), ("attention_mask", attention_mask), ("labels", labels)):
+        if not torch.is_tensor(tensor) and (tensor is not None or name == "input_ids"):
+            raise ValueError(f"{name} must be a tensor (batch, tokens), got {type(tensor).__name__}.")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be (batch, tokens), got the shape {tuple(input_ids.shape)}.")
     for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
@@ -195,11 +239,13 @@ def check_sequences(model, input_ids, attention_mask=None, labels=None) -> None:
             raise ValueError(
                 f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(tensor.shape)}."
             )
+    if attention_mask is not None and not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError("attention_mask must be 1 for real tokens and 0 for padding, and holds something else.")
     for name, tokens in (("input_ids", input_ids), ("labels", labels)):
         if tokens is None:
             continue
         if tokens.dtype not in (torch.long, torch.int):
-            raise ValueError(f"{name} must be integers, got {tokens.dtype}.")
+            raise ValueError(f"{name} must be int64 or int32, got {tokens.dtype}.")
         if name == "labels":
             tokens = tokens[tokens != IGNORED]
         if not tokens.numel():
@@ -290,10 +336,12 @@ def elbo(
     epsilon: (B, L, N, D) noise to use instead, for one particle. Differentiable; wrap it in `torch.no_grad` to score.
     """
     check_sequences(model, input_ids, attention_mask, labels)
+    check_posterior(posterior, len(input_ids))
     if epsilon is not None and epsilon.shape != posterior.mean.shape:
         raise ValueError(f"epsilon must have the shape {tuple(posterior.mean.shape)}, got {tuple(epsilon.shape)}.")
-    if num_particles < 1 or (epsilon is not None and num_particles != 1):
-        raise ValueError(f"num_particles must be 1 or more, and 1 with a given epsilon; got {num_particles}.")
+    num_particles = whole_number("num_particles", num_particles, least=1)
+    if epsilon is not None and num_particles != 1:
+        raise ValueError(f"num_particles must be 1 with a given epsilon, got {num_particles}.")
     nll = 0
     for particle in range(num_particles):
         latents = posterior.scoring_sample(particle, seed) if epsilon is None else posterior.reparameterize(epsilon)
@@ -495,27 +543,76 @@ def step_size(settings: InferenceSettings, step: int) -> float:
 
 
 @contextmanager
-def frozen(module: torch.nn.Module):
-    """A fixed function inside: no parameter requires a gradient, nothing is dropped out. Restored after.
+def frozen(model):
+    """The model as a fixed function: its weights ask for no gradient, and nothing in it is random as in training.
 
-    Training mode is left on, since gradient checkpointing depends on it.
+    Yields modules of its own around the same weights, so that other threads may train and use the model meanwhile.
+    Where a weight is gathered or moved into the very module that needs it (FSDP2, ZeRO-3, accelerate's offloading), and
+    where these are compiled, it is the model itself, which one thread at a time can have, and is set back after.
     """
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad and not p.is_inference()}
-    rates = [(m, "p" if isinstance(m, torch.nn.Dropout) else "attention_dropout") for m in module.modules()]
-    dropouts = [(m, name, getattr(m, name)) for m, name in rates if getattr(m, name, 0)]  # an adapter's are modules
-    for parameter in trainable.values():
-        parameter.requires_grad_(False)
-    for owner, name, _ in dropouts:
-        setattr(owner, name, 0.0)
-    try:
-        yield
-    finally:
-        now = dict(module.named_parameters())  # FSDP2 puts others in their place
-        for name, parameter in trainable.items():
-            parameter.requires_grad_(True)
-            now[name].requires_grad_(True)
-        for owner, name, rate in dropouts:
-            setattr(owner, name, rate)
+    if all(map(_can_be_copied, model.modules())):
+        yield _fixed_copy(model)
+        return
+    with _ONE_THREAD:
+        trainable = {name: x for name, x in model.named_parameters() if x.requires_grad and not x.is_inference()}
+        random = [module for module in model.modules() if module.training and not _stays_in_training(module)]
+        for parameter in trainable.values():
+            parameter.requires_grad_(False)
+        for module in random:
+            module.training = False
+        try:
+            yield model
+        finally:
+            now = dict(model.named_parameters())  # FSDP2 puts others in their place
+            for name, parameter in trainable.items():
+                parameter.requires_grad_(True)
+                now[name].requires_grad_(True)
+            for module in random:
+                module.training = True
+
+
+_ONE_THREAD = threading.RLock()
+
+
+def _stays_in_training(module) -> bool:
+    """Gradient checkpointing works in training mode only."""
+    return module.training and getattr(module, "gradient_checkpointing", False)
+
+
+def _can_be_copied(module) -> bool:
+    """Whether a copy of the module's attributes around the same weights does what the module does."""
+    forward = vars(module).get("forward")  # autocast binds another to the module; offloading and torch.compile wrap it
+    bound = forward is None or getattr(forward, "__self__", None) is module
+    gathered = hasattr(module, "unshard") or any(hasattr(x, "ds_id") for x in module.parameters(recurse=False))
+    return bound and not gathered and module._compiled_call_impl is None
+
+
+def _fixed_copy(model):
+    copies = {module: copy.copy(module) for module in model.modules()}
+    config = copy.copy(model.config)
+    for module, made in copies.items():
+        attributes = vars(made)
+        for name, value in vars(module).items():
+            if isinstance(value, MethodType) and value.__self__ is module:
+                attributes[name] = MethodType(value.__func__, made)
+            elif value is model.config:
+                attributes[name] = config
+            elif name.endswith("_hooks") and value is not None:  # transformers hangs some in when it needs them
+                attributes[name] = value.copy()
+        attributes["_parameters"] = {name: _fixed(x) for name, x in module._parameters.items()}
+        attributes["_buffers"] = {name: _fixed(x) for name, x in module._buffers.items()}
+        attributes["_modules"] = {name: copies.get(child) for name, child in module._modules.items()}
+        attributes["training"] = _stays_in_training(module)
+    return copies[model]
+
+
+def _fixed(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    if tensor.is_inference():  # of a model built in inference mode: autograd could not save it
+        return tensor.detach().clone()
+    # Not detach(): there, autograd would notice steps that an optimiser takes meanwhile, and raise.
+    return tensor.data if tensor.requires_grad else tensor
 
 
 @contextmanager
@@ -529,20 +626,6 @@ def _differentiable_attention(model, device: torch.device):
         yield
     finally:
         model.set_attn_implementation("flex_attention")
-
-
-def _differentiable(model) -> Callable:
-    """The model; for one built in inference mode, whose tensors autograd cannot save, its forward on copies."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    if not any(tensor.is_inference() for tensor in tensors.values()):
-        return model
-    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-    def decoder(**inputs):
-        return torch.func.functional_call(model, copies, kwargs=inputs)
-
-    decoder.config = model.config
-    return decoder
 
 
 class _BestFinite:
@@ -605,9 +688,9 @@ def processes_go_together(model) -> bool:
     return model.training or fsdp2 or any(hasattr(parameter, "ds_status") for parameter in model.parameters())
 
 
-def _on_all_processes(model, done: torch.Tensor) -> bool:
+def _on_all_processes(together: bool, done: torch.Tensor) -> bool:
     """Whether no process needs another step, where they go together."""
-    if processes_go_together(model):
+    if together:
         done = done.to(torch.int32)
         torch.distributed.all_reduce(done, torch.distributed.ReduceOp.MIN)
     return bool(done)
@@ -733,14 +816,21 @@ def infer_posterior(
     amortized, langevin = (settings.inference_method == name for name in ("amortized", "langevin"))
     if amortized and initial_posterior is not None:
         raise ValueError("initial_posterior is where inference starts, and inference_method='amortized' takes no step.")
-    steps, seed = 0 if amortized else settings.num_inference_steps, seed or 0
+    if initial_posterior is not None:
+        check_posterior(initial_posterior, name="initial_posterior")
+    steps, seed = 0 if amortized else settings.num_inference_steps, whole_number("seed", seed or 0)
     shape = (len(input_ids), *model.config.latent_shape)
     if epsilon is not None and epsilon.shape not in (shape, (steps, *shape)):
         raise ValueError(f"epsilon must have the shape {shape} or {(steps, *shape)}, got {tuple(epsilon.shape)}.")
 
+    together = processes_go_together(model)
     # A caller's inference mode is left: what autograd saves must not be inference tensors.
-    attention = _differentiable_attention(model, input_ids.device)
-    with torch.inference_mode(False), torch.enable_grad(), frozen(model), attention:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        frozen(model) as decoder,
+        _differentiable_attention(decoder, input_ids.device),
+    ):
         input_ids, attention_mask, labels, epsilon = (
             x.clone() if x is not None and x.is_inference() else x for x in (input_ids, attention_mask, labels, epsilon)
         )
@@ -749,9 +839,8 @@ def infer_posterior(
         num_tokens = (scored_tokens(input_ids, attention_mask, labels) != IGNORED).sum(dim=1)
         nothing_to_explain = num_tokens == 0
         if amortized:
-            initial_posterior = amortized_posterior(model, input_ids, attention_mask, labels)
+            initial_posterior = amortized_posterior(decoder, input_ids, attention_mask, labels)
         mean, log_variance = _start(model, settings, keys, seed, initial_posterior)
-        decoder = _differentiable(model)
         # ZeRO-3 learns the order of a forward pass's modules, to gather their weights ahead: it must not change.
         sharded = any(hasattr(parameter, "ds_status") for parameter in model.parameters())
         prelude = None if sharded else Prelude()
@@ -761,7 +850,7 @@ def infer_posterior(
         tolerance = settings.inference_tolerance
         early_stop = None if tolerance is None or langevin else _EarlyStop(tolerance, num_tokens)
         trace = []
-        for step in range(0 if _on_all_processes(model, nothing_to_explain.all()) else steps):
+        for step in range(0 if _on_all_processes(together, nothing_to_explain.all()) else steps):
             if getattr(optimizer, "at_mean", False):
                 noise_now = torch.zeros_like(mean)
             elif epsilon is None:
@@ -782,7 +871,7 @@ def infer_posterior(
                 optimizer.update(gradient, noise_now, step_size(settings, step))
                 if early_stop is not None:
                     stopped = early_stop.observe(trace, optimizer.mean, optimizer.log_variance)
-                    if _on_all_processes(model, stopped):
+                    if _on_all_processes(together, stopped):
                         break
 
         with torch.no_grad():

@@ -109,6 +109,27 @@ def test_round_trip(tmp_path, overrides):
     assert LTMConfig.from_pretrained(tmp_path, num_inference_steps=9).num_inference_steps == 9
 
 
+def test_overrides_of_a_saved_one_are_as_if_given_at_once(tmp_path):
+    LTMConfig(sliding_window=None, inference_method="langevin").save_pretrained(tmp_path)
+    load = LTMConfig.from_pretrained
+    assert load(tmp_path).layer_types == ["full_attention"] * 3
+    config = load(tmp_path, sliding_window=4, num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_latents=6)
+    assert config.layer_types == ["sliding_attention"] * 2 and config.num_hidden_layers == 2
+    assert (config.head_dim, config.num_key_value_heads, config.latent_position_stride) == (16, 4, 170)
+    assert load(tmp_path, max_position_embeddings=2048).latent_position_stride == 42  # as the weights have learned
+    assert InferenceSettings.of(load(tmp_path, inference_method="variational")).inference_learning_rate == 0.5
+    with pytest.raises(ValueError, match=r"num_latents \(25\)"):
+        load(tmp_path, num_latents=25)
+    with pytest.raises(ValueError, match="layer_types follow from sliding_window"):
+        load(tmp_path, layer_types=["sliding_attention"] * 3)
+
+
+def test_a_window_changed_later_takes_effect():
+    config = LTMConfig(sliding_window=None)
+    config.sliding_window, config.num_hidden_layers = 4, 2
+    assert config.layer_types == ["sliding_attention"] * 2
+
+
 def test_saved_folder_names_the_code_of_all_three_classes(tmp_path):
     LTMConfig().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {

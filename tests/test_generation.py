@@ -6,7 +6,8 @@ import transformers
 from accelerate import cpu_offload
 from transformers import GenerationConfig, StaticCache
 
-from ltm_hf import LTMForCausalLM, preset_config
+from ltm_hf import LatentPosterior, LTMForCausalLM, preset_config
+from ltm_hf.cache_ltm import kept_latents
 
 # Three windows and more, and no early end.
 GREEDY = dict(do_sample=False, max_new_tokens=14, min_new_tokens=14)
@@ -280,7 +281,7 @@ def test_a_cache_is_continued_with_its_latents(model, prompts, kwargs):
     torch.manual_seed(0)
     first = model.generate(prompts, return_dict_in_generate=True, **GREEDY | kwargs)
     text = dict(inputs=first.sequences, attention_mask=torch.ones_like(first.sequences))
-    latents = first.past_key_values.latent_key_values.clone()
+    latents = kept_latents(first.past_key_values)["latent_key_values"].clone()
     more = model.generate(**text, past_key_values=first.past_key_values, **GREEDY)
     assert torch.equal(more, model.generate(**text, latent_key_values=latents, use_cache=False, **GREEDY))
     assert not torch.equal(more, model.generate(**text, **GREEDY))
@@ -386,7 +387,7 @@ def test_bad_settings_are_refused_with_given_latents_too(model, prompts, kwargs)
     [
         (lambda ids: ids + 58, r"below vocab_size \(61\)"),
         (lambda ids: ids - 61, "at least 0"),
-        (lambda ids: ids.float(), "integers"),
+        (lambda ids: ids.float(), "int64 or int32"),
         (lambda ids: ids[0], r"\(batch, tokens\)"),
     ],
     ids=["too large", "negative", "float", "one row"],
@@ -501,13 +502,34 @@ def test_progress_of_inference_and_early_stop(model, prompts):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(num_latent_samples=0), "num_latent_samples must be 1 or more"),
+        (dict(num_latent_samples=0), "num_latent_samples must be an integer of 1 or more"),
+        (dict(num_latent_samples=2.0), "num_latent_samples must be an integer of 1 or more, got 2.0"),
+        (dict(reinfer_every=1.5), "reinfer_every must be an integer of 1 or more, got 1.5"),
+        (dict(inference_seed="x"), "inference_seed must be an integer, got 'x'"),
+        (dict(sample_latents="no"), "sample_latents must be True, False or None, got 'no'"),
+        (dict(latents=torch.full((3, 2, 2, 32), torch.nan)), "latents must be a tensor of finite numbers"),
+        (dict(latents=[1]), "latents must be a tensor of finite numbers"),
+        (dict(posterior=torch.zeros(3, 2, 2, 32)), "posterior must be a LatentPosterior, got Tensor"),
+        (dict(posterior=LatentPosterior(*torch.full((2, 3, 2, 2, 32), torch.nan))), "posterior holds numbers.*finite"),
+        (dict(generation_config={"max_new_tokens": 2}), "generation_config must be a GenerationConfig, got dict"),
         (dict(inference_tolerance=float("nan")), "inference_tolerance must be None or finite"),
     ],
 )
 def test_bad_thoughts_are_named(model, prompts, kwargs, message):
     with pytest.raises(ValueError, match=message):
         model.generate(prompts, **kwargs)
+
+
+@pytest.mark.parametrize("num_latents", [0, 4])
+@pytest.mark.parametrize("inputs", [torch.zeros(1, 0).long(), torch.zeros(0, 4).long(), [[1, 2]], "hello"], ids=str)
+def test_prompts_of_nothing_are_refused(make_model, inputs, num_latents):
+    with pytest.raises(ValueError, match="^(A prompt must have a token|input_ids must be a tensor)"):
+        make_model(num_latents=num_latents).generate(inputs, max_new_tokens=2)
+
+
+def test_no_thoughts_are_drawn(model):
+    with pytest.raises(ValueError, match="batch_size must be an integer of 1 or more, got 0"):
+        model.sample_prior(0)
 
 
 def test_latents_and_a_posterior_contradict(model, prompts):
@@ -576,7 +598,7 @@ def test_thinking_again_leaves_given_latents_and_caches(model, prompts):
     result = model.generate(prompts, latents=latents, reinfer_every=10, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(result.sequences[:, :17], model.generate(prompts, latents=latents, max_new_tokens=10))
     last = model.infer_posterior(result.sequences[:, :17]).mean
-    assert torch.equal(result.past_key_values.latent_key_values, model.project_latents(last))
+    assert torch.equal(kept_latents(result.past_key_values)["latent_key_values"], model.project_latents(last))
     more = model.generate(result.sequences, past_key_values=result.past_key_values, **GREEDY)
     assert torch.equal(more, model.generate(result.sequences, latents=last, **GREEDY))
 
@@ -584,7 +606,7 @@ def test_thinking_again_leaves_given_latents_and_caches(model, prompts):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(reinfer_every=0), "reinfer_every must be None or at least 1, got 0"),
+        (dict(reinfer_every=0), "reinfer_every must be an integer of 1 or more, got 0"),
         (dict(reinfer_every=2, num_beams=2), "greedy search and sampling"),
         (dict(reinfer_every=2, prompt_lookup_num_tokens=2), "greedy search and sampling"),
     ],

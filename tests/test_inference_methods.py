@@ -218,10 +218,8 @@ def test_langevin_chains_are_frozen_and_leave_generators_alone(model, ids):
 
 def test_step_sizes_by_method(make_model, ids):
     """A config's own is a fit's or a chain's: asked for the other, a call takes 0.1 or 0.5."""
-    rates = {method: LTMConfig(inference_method=method) for method in ("variational", "langevin", "amortized")}
-    assert {m: c.inference_learning_rate for m, c in rates.items()} == dict(
-        variational=0.5, langevin=0.1, amortized=0.5
-    )
+    for method, rate in dict(variational=0.5, langevin=0.1, amortized=0.5).items():
+        assert InferenceSettings.of(LTMConfig(inference_method=method)).inference_learning_rate == rate
     config = LTMConfig(inference_learning_rate=0.3)
     assert InferenceSettings.of(config).inference_learning_rate == 0.3
     assert InferenceSettings.of(config, inference_method="amortized").inference_learning_rate == 0.3

@@ -89,10 +89,10 @@ def measure(config, batch, length, precision, checkpointing=False, tensors=nullc
             loss.backward()
         measured.append(slow.peak)
         if latents is not None:
-            with frozen(model), Alive(*model.parameters(), latents) as fast:
+            with frozen(model) as decoder, Alive(*model.parameters(), *decoder.parameters(), latents) as fast:
                 wanted = latents.detach().requires_grad_()
                 with autocast:
-                    nll = negative_log_likelihood(model, ids, wanted).sum()
+                    nll = negative_log_likelihood(decoder, ids, wanted).sum()
                 measured.append(fast.now)
                 torch.autograd.grad(nll, wanted)
             measured.append(fast.peak)

@@ -1,9 +1,12 @@
 import copy
+import functools
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -260,7 +263,7 @@ def test_an_optimizer_of_one_s_own(model, ids, make_noise, monkeypatch):
     fitted = model.infer_posterior(ids, num_inference_steps=1, inference_optimizer="downhill", epsilon=epsilon)
     z = epsilon[0].clone().requires_grad_()
     (gradient,) = torch.autograd.grad(naive_nll(model, ids, z).sum(), z)
-    close(fitted.mean, -model.config.inference_learning_rate * gradient)
+    close(fitted.mean, -0.5 * gradient)
     assert not fitted.log_variance.any()
     assert model.config.__class__(inference_optimizer="downhill").inference_optimizer == "downhill"
 
@@ -591,15 +594,53 @@ def test_weights_get_no_gradient(model, ids, settings):
         assert not tensor.requires_grad and tensor.grad_fn is None
 
 
-def test_decoder_is_frozen_inside_and_free_after_an_error(model, ids):
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_others_train_the_model_meanwhile(make_model, ids, attention):
+    """What another thread does between two steps of inference, done in turns."""
+    model = make_model(attention_dropout=0.3)
+    expected = model.infer_posterior(ids, num_inference_steps=4)
+    model.set_attn_implementation(attention)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses = set()
+
+    def train(step, latents, bound):
+        assert model.config._attn_implementation == attention
+        model.set_attn_implementation("sdpa")  # flex_attention has no backward on a CPU
+        with torch.enable_grad():
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+        model.set_attn_implementation(attention)
+        assert all(p.grad is not None for name, p in model.named_parameters() if ".cross_att" not in name)
+        losses.add(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    same_posterior(model.infer_posterior(ids, num_inference_steps=4, callback=train), expected)
+    assert len(losses) == 4  # of dropout, which is theirs
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+def test_decoder_is_frozen_inside_and_free_after_an_error(model, ids, wrapped):
+    """Copies of its modules are; the model itself where something has taken hold of one, as offloading does."""
+    if wrapped:
+        model.model.norm.forward = functools.partial(type(model.model.norm).forward, model.model.norm)
+    seen = []
+
+    def look(module, arguments):
+        seen.append([parameter.requires_grad for parameter in module.parameters()])
+
     def stop(step, latents, bound):
-        assert not any(parameter.requires_grad for parameter in model.parameters())
         assert not latents.requires_grad
+        assert any(parameter.requires_grad for parameter in model.parameters()) is not wrapped
         raise KeyboardInterrupt
 
+    model.train().model.register_forward_pre_hook(look)
     with pytest.raises(KeyboardInterrupt):
         model.infer_posterior(ids, callback=stop)
+    assert len(seen) == 1 and not any(seen[0])
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
 
 
 @ALL_OPTIMIZERS
@@ -777,7 +818,7 @@ def test_bad_settings_are_refused_before_any_computation(model, ids, monkeypatch
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda ids: ids.float(), "integers.*float32"),
+        (lambda ids: ids.float(), "int64 or int32.*float32"),
         (lambda ids: ids[0], r"\(batch, tokens\).*\(12,\)"),
         (lambda ids: ids + 58, r"below vocab_size \(61\)"),
         (lambda ids: ids.masked_fill(ids == ids[1, 1], 61), r"below vocab_size \(61\), got 61"),
@@ -802,6 +843,32 @@ def test_labels_outside_the_vocabulary(model, ids, label):
         model.infer_posterior(ids, labels=labels)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda ids: dict(input_ids=ids.tolist()), "input_ids must be a tensor.*got list"),
+        (lambda ids: dict(attention_mask=[1] * 12), "attention_mask must be a tensor.*got list"),
+        (lambda ids: dict(attention_mask=torch.full_like(ids, 2)), "attention_mask must be 1.*and 0"),
+        (lambda ids: dict(attention_mask=torch.full(ids.shape, 0.5)), "attention_mask must be 1.*and 0"),
+        (lambda ids: dict(seed="x"), "seed must be an integer, got 'x'"),
+        (lambda ids: dict(seed=1.5), "seed must be an integer, got 1.5"),
+        (lambda ids: dict(initial_posterior=ids), "initial_posterior must be a LatentPosterior, got Tensor"),
+        (lambda ids: dict(num_inference_steps=True), "num_inference_steps must be an integer of 0 or more"),
+        (lambda ids: dict(inference_learning_rate="0.1"), "inference_learning_rate must be positive and finite"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(model, ids, given, words):
+    with pytest.raises(ValueError, match=f"^{words}"):
+        model.infer_posterior(**{"input_ids": ids} | given(ids))
+
+
+def test_numbers_of_numpy_and_masks_of_any_type(model, ids):
+    expected = model.infer_posterior(ids, num_inference_steps=3, inference_learning_rate=0.25)
+    rates = dict(num_inference_steps=np.int64(3), inference_learning_rate=np.float32(0.25), seed=np.int32(0))
+    for mask in (ids > 0, torch.ones(ids.shape), torch.ones_like(ids)):
+        same_posterior(model.infer_posterior(ids, mask, **rates), expected, 0)
+
+
 def test_ids_of_32_bits(model, ids):
     same_posterior(model.infer_posterior(ids.int()), model.infer_posterior(ids))
 
@@ -812,7 +879,7 @@ def test_bad_scores(model, ids, make_noise):
         model.elbo(ids, posterior, num_particles=0)
     with pytest.raises(ValueError, match="num_particles"):
         model.elbo(ids, posterior, num_particles=2, epsilon=posterior.mean)
-    with pytest.raises(ValueError, match=r"latents.*\(2, 2, 2, 32\)"):
+    with pytest.raises(ValueError, match="posterior is of 3 sequences, where there are 2"):
         model.elbo(ids[:2], posterior)
 
 
@@ -857,15 +924,41 @@ def test_save_and_load(model, ids, tmp_path):
     for name in ("mean", "log_variance", "elbo_trace", "keys"):
         assert torch.equal(getattr(loaded, name), getattr(posterior, name)), name
     assert torch.equal(loaded.sample(seed=1), posterior.sample(seed=1))
+    assert loaded == posterior and loaded != posterior[[1, 0, 2]] and loaded != "thought"
     with pytest.raises(FileNotFoundError, match="latent_posterior.safetensors"):
         LatentPosterior.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("rows", [1, [2, 0], slice(1, None), torch.tensor([True, False, True])], ids=str)
+def test_a_posterior_of_one_tensor_is_saved(tmp_path):
+    zeros = torch.zeros(1, *SHAPE)
+    LatentPosterior(zeros, zeros).save_pretrained(tmp_path)
+    assert LatentPosterior.from_pretrained(tmp_path) == LatentPosterior(zeros, zeros)
+
+
+def test_files_that_hold_no_posterior(tmp_path):
+    file, mean = tmp_path / "latent_posterior.safetensors", torch.zeros(1, *SHAPE)
+    for tensors in ({"mean": mean}, {"mean": mean, "log_variance": mean, "more": mean}):
+        save_file({name: x.clone() for name, x in tensors.items()}, file)
+        with pytest.raises(ValueError, match="latent_posterior.safetensors holds no posterior"):
+            LatentPosterior.from_pretrained(tmp_path)
+    LatentPosterior(mean * torch.nan, mean).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not finite"):
+        LatentPosterior.from_pretrained(tmp_path)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="latent_posterior.safetensors holds no posterior"):
+        LatentPosterior.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [1, -1, np.int64(1), np.array(1), torch.tensor(1), [2, 0], (2, 0), range(2), np.array([2, 0]), slice(1, None),
+     torch.tensor([True, False, True])],
+    ids=repr,
+)  # fmt: skip
 def test_rows_of_a_posterior(model, ids, rows):
     posterior = infer_posterior(model, ids)
     part = posterior[rows]
-    picked = torch.arange(3)[rows].reshape(-1)
+    picked = torch.arange(3)[list(rows) if isinstance(rows, (tuple, range)) else rows].reshape(-1)
     assert torch.equal(part.mean, posterior.mean[picked])
     assert torch.equal(part.elbo_trace, posterior.elbo_trace[:, picked])
     assert torch.equal(part.sample(seed=1), posterior.sample(seed=1)[picked])
@@ -879,6 +972,8 @@ def test_between_two_thoughts(make_noise):
     same_posterior(first.lerp(second, 0.0), first)
     same_posterior(first.lerp(second, 1.0), second)
     close(first.lerp(second, 0.25).mean, 0.75 * first.mean + 0.25 * second.mean)
+    with pytest.raises(ValueError, match=r"one shape, got \(3, 2, 2, 32\) and \(1, 2, 2, 32\)"):
+        first.lerp(second[0], 0.5)
 
 
 # ------------------------------------------------------------------ what all steps share

@@ -11,10 +11,11 @@ import torch
 
 from ltm_hf import LTMForCausalLM, LTMModel
 
-FILES = ["configuration_ltm.py", "generation_ltm.py", "modeling_ltm.py", "posterior_ltm.py"]
+FILES = ["cache_ltm.py", "configuration_ltm.py", "generation_ltm.py", "modeling_ltm.py", "posterior_ltm.py"]
 
-STRANGER = """
-import json, sys
+STRANGER = r"""
+import json, shutil, sys
+from pathlib import Path
 
 class NotInstalled:
     def find_spec(self, name, path=None, target=None):
@@ -37,11 +38,32 @@ latents = model.sample_prior(len(prompts), seed=0)
 states = base(prompts, latents=latents).last_hidden_state
 model.save_pretrained(again)
 reloaded = AutoModelForCausalLM.from_pretrained(again, **remote)
+
+# Another run's folder of the same name, and after it the first one edited: each has its own code.
+other = Path(again).parent / "other" / Path(folder).name
+codes = []
+for file, line in (
+    ("modeling_ltm.py", "class LTMForCausalLM("), ("generation_ltm.py", "class LTMGenerationMixin("),
+    ("posterior_ltm.py", "def sample_prior("),
+):
+    shutil.copytree(folder, other, dirs_exist_ok=True)
+    source = (other / file).read_text()
+    assert line in source
+    (other / file).write_text(source.replace(line, f"EDITED = {file!r}\n\n\n{line}", 1))
+    theirs = AutoModelForCausalLM.from_pretrained(other, **remote)
+    theirs.save_pretrained(other.parent / "saved")
+    codes.append([
+        getattr(sys.modules[type(theirs).__module__.replace("modeling_ltm", file[:-3])], "EDITED", None) == file,
+        "EDITED" in (other.parent / "saved" / file).read_text(),
+    ])
+
 print(json.dumps(dict(
     classes=[type(x).__name__ for x in (config, base, model)],
     modules=[type(x).__module__.split(".")[0] for x in (config, base, model)],
     texts=texts,
     texts_again=reloaded.generate(prompts, **settings).tolist(),
+    texts_uncached=model.generate(prompts, use_cache=False, **settings).tolist(),
+    codes=codes,
     steps=model.generation_config.num_inference_steps,
     posterior=model.infer_posterior(prompts).mean.sum().item(),
     states=states.sum().item(),
@@ -74,7 +96,8 @@ def test_loads_where_the_package_is_not_installed(model, ids, folder, tmp_path):
     assert seen["modules"] == ["transformers_modules"] * 3 and not seen["installed"]
     assert seen["steps"] == 3
     texts = model.generate(ids, max_new_tokens=10, min_new_tokens=10, do_sample=False).tolist()
-    assert seen["texts"] == texts and seen["texts_again"] == texts
+    assert seen["texts"] == texts and seen["texts_again"] == texts and seen["texts_uncached"] == texts
+    assert seen["codes"] == [[True, True]] * 3
     assert seen["posterior"] == pytest.approx(model.infer_posterior(ids).mean.sum().item(), rel=1e-5)
     with torch.no_grad():
         states = model.model(ids, latents=model.sample_prior(3, seed=0)).last_hidden_state
@@ -94,7 +117,7 @@ def test_files_and_their_imports(folder):
             elif isinstance(node, ast.ImportFrom):
                 # safetensors and huggingface_hub are transformers' own requirements.
                 assert node.module.split(".")[0] in {
-                    "collections", "contextlib", "dataclasses", "functools", "typing", "os",
+                    "collections", "contextlib", "dataclasses", "functools", "numbers", "os", "types", "typing",
                     "huggingface_hub", "safetensors", "torch", "transformers",
                 }, name  # fmt: skip
 

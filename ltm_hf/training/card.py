@@ -213,7 +213,7 @@ def _recipe(config, arguments) -> dict[str, str]:
     }
     if config.num_latents:
         start, end = arguments.inference_learning_rate, arguments.inference_learning_rate_end
-        start = config.inference_learning_rate if start is None else start
+        start = InferenceSettings.of(config).inference_learning_rate if start is None else start
         if end is None:  # as LTMTrainer does
             adamw = config.inference_method == "variational" and config.inference_optimizer == "adamw"
             end = start * 0.34 / 0.30 if adamw else start

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from transformers import Trainer, TrainerCallback
 
+from ..configuration_ltm import InferenceSettings
 from ..data import collate_blocks
 from ..flops import training_flops
 from ..posterior_ltm import (
@@ -318,7 +319,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         """The step size of inference now, linear over training."""
         start, end = self.args.inference_learning_rate, self.args.inference_learning_rate_end
         if start is None:
-            start = config.inference_learning_rate
+            start = InferenceSettings.of(config).inference_learning_rate
         if end is None:
             adamw = config.inference_method == "variational" and config.inference_optimizer == "adamw"
             end = start * 0.34 / 0.30 if adamw else start
@@ -514,9 +515,10 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         """Nats a token that the last batch's latents save, on all processes, under the weights as they are now."""
         decoder = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=True)
         sequences = self._sequences(self._last_batch)
-        with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager(), frozen(decoder):
+        whole = gathered(decoder, self.args.gather_during_inference)
+        with whole, self.compute_loss_context_manager(), frozen(decoder) as decoder:  # no dropout
             latents = self._last_batch["latents"]
-            plain = negative_log_likelihood(decoder, **sequences)  # no dropout
+            plain = negative_log_likelihood(decoder, **sequences)
             if latents is not None and self._online:
                 thinking = self._online_nll(decoder, sequences)
             else:

@@ -1,0 +1,115 @@
+"""The cache of keys and values: under both its names, and with the latents that it was filled with.
+
+transformers 5.24 calls `cache` what was `past_key_values` before, in arguments and outputs. Here both are understood on
+every version, and the library is spoken to by the name that it has.
+"""
+
+from functools import cache as once
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+CACHE, OTHER_NAME = "cache", "past_key_values"
+if CACHE not in BaseModelOutputWithPast.__dataclass_fields__:
+    CACHE, OTHER_NAME = OTHER_NAME, CACHE
+
+
+def the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that was given under either name. Raises ValueError for two."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument: only one can be given.")
+    return past_key_values if cache is None else cache
+
+
+class CacheByBothNames:
+    """Before any `ModelOutput`: the cache in it answers to both names, as an attribute and as a key."""
+
+    @staticmethod
+    def _named(key):
+        return CACHE if key == OTHER_NAME else key
+
+    _replace_old_cache_name = _named  # of 5.24, which would warn
+
+    def __getitem__(self, key):
+        return super().__getitem__(self._named(key))
+
+    def __setitem__(self, key, value):
+        super().__setitem__(self._named(key), value)
+
+    def __contains__(self, key):
+        return super().__contains__(self._named(key))
+
+    def get(self, key, default=None):
+        return super().get(self._named(key), default)
+
+    locals()[OTHER_NAME] = property(lambda self: getattr(self, CACHE), lambda self, x: setattr(self, CACHE, x))
+
+
+# ------------------------------------------------------------------ latents in a cache
+
+
+@once
+def _with_latents(cls: type) -> type:
+    """The class of a cache's first layer, with latents that follow the rows of its keys and values."""
+
+    class LayerWithLatents(cls):
+        # As `forward` takes them: {"latents": (B, …)} or {"latent_key_values": (B, …)}; empty without any.
+        latents: dict[str, torch.Tensor] = {}
+
+        def __reduce__(self):
+            return _empty_layer, (cls,), self.__dict__
+
+        def _select(self, rows) -> None:
+            self.latents = {name: x.index_select(0, rows.to(x.device)) for name, x in self.latents.items()}
+
+        def reorder_cache(self, beam_idx):
+            super().reorder_cache(beam_idx)
+            self._select(beam_idx)
+
+        def batch_select_indices(self, indices):
+            super().batch_select_indices(indices)
+            self._select(indices)
+
+        def batch_repeat_interleave(self, repeats):
+            super().batch_repeat_interleave(repeats)
+            self.latents = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.latents.items()}
+
+        def reset(self):
+            super().reset()
+            self.latents = {}
+
+    LayerWithLatents.__name__ = LayerWithLatents.__qualname__ = f"{cls.__name__}WithLatents"
+    return LayerWithLatents
+
+
+def _empty_layer(cls: type):
+    """For the state of one that was pickled."""
+    made = _with_latents(cls)
+    return made.__new__(made)
+
+
+def keep_latents(cache: Cache, **latents: torch.Tensor) -> None:
+    """Let the cache hold the latents that its keys and values are made with: `latents=` or `latent_key_values=`."""
+    if not cache.layers:  # one that makes its layers when it is filled
+        return
+    layer = cache.layers[0]
+    if not hasattr(layer, "latents"):
+        layer.__class__ = _with_latents(type(layer))
+    layer.latents = latents
+
+
+def kept_latents(cache: Cache | None) -> dict[str, torch.Tensor]:
+    """The latents that a cache was filled with, as keyword arguments of `forward`; none for an empty cache."""
+    layer = cache.layers[0] if cache is not None and cache.layers else None
+    latents = getattr(layer, "latents", {})
+    return latents if latents and cache.get_seq_length() else {}
+
+
+def check_filled_with_latents(cache: Cache | None) -> None:
+    """Raise ValueError for a cache that was filled without latents: what follows would not fit to what is in it."""
+    if cache is not None and not kept_latents(cache) and cache.get_seq_length():
+        raise ValueError(
+            "The cache was filled without latents, and cannot be continued with some: fill it with "
+            "forward(latents=…) or generate(), or leave it out."
+        )
