@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from .configuration_ltm import LTMConfig
 from .flops import checked_length, count_parameters, paper_training_flops, training_flops, widths
-from .modeling_ltm import CHUNK_BYTES
+from .losses_ltm import CHUNK_BYTES
 from .presets import PRESETS, preset_config
 
 PAPER_MFU = 0.164

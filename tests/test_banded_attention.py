@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ltm_hf import LTMForCausalLM, modeling_ltm
-from ltm_hf.modeling_ltm import band_block
+from ltm_hf import LTMForCausalLM, attention_ltm
+from ltm_hf.attention_ltm import band_block
 
 close = torch.testing.assert_close
 LENGTH = 29
@@ -16,7 +16,7 @@ def block(monkeypatch):
     """Sets the queries of a block, whatever is fast."""
 
     def set_block(size):
-        monkeypatch.setattr(modeling_ltm, "band_block", lambda window, length: size)
+        monkeypatch.setattr(attention_ltm, "band_block", lambda window, length: size)
 
     set_block(5)
     return set_block
@@ -25,13 +25,13 @@ def block(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """(queries, keys) of each call of SDPA."""
-    shapes, sdpa = [], modeling_ltm.sdpa_attention_forward
+    shapes, sdpa = [], attention_ltm.sdpa_attention_forward
 
     def attend(module, query, key, *others, **kwargs):
         shapes.append((query.shape[2], key.shape[2]))
         return sdpa(module, query, key, *others, **kwargs)
 
-    monkeypatch.setattr(modeling_ltm, "sdpa_attention_forward", attend)
+    monkeypatch.setattr(attention_ltm, "sdpa_attention_forward", attend)
     return shapes
 
 
@@ -109,7 +109,7 @@ def test_the_whole_mask_where_it_must_be(pair, make_ids, block, calls, why, monk
     elif why == "full attention":
         overrides = dict(sliding_window=None)
     elif why == "short":
-        monkeypatch.setattr(modeling_ltm, "band_block", band_block)
+        monkeypatch.setattr(attention_ltm, "band_block", band_block)
     banded, whole = pair(**overrides)
     if why == "cache":
         expected = whole(ids).logits[:, 20:]

@@ -18,7 +18,17 @@ HubStub = runpy.run_path(str(Path(__file__).with_name("hub_stub.py")))["HubStub"
 REPOSITORY = "someone/ltm-tiny"
 PROMPTS = ["The people of the United States", "A treaty"]
 CARD = "---\nlibrary_name: transformers\ntags: [ltm]\n---\n# Tiny thoughts"
-CODE = ["cache_ltm.py", "configuration_ltm.py", "generation_ltm.py", "modeling_ltm.py", "posterior_ltm.py"]
+CODE = [
+    "attention_ltm.py",
+    "cache_ltm.py",
+    "configuration_ltm.py",
+    "encoder_ltm.py",
+    "generation_ltm.py",
+    "layers_ltm.py",
+    "losses_ltm.py",
+    "modeling_ltm.py",
+    "posterior_ltm.py",
+]
 AUTO_MAP = {
     "AutoConfig": "configuration_ltm.LTMConfig",
     "AutoModel": "modeling_ltm.LTMModel",

@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ltm_hf import modeling_ltm
-from ltm_hf.modeling_ltm import mean_loss
+from ltm_hf import losses_ltm
+from ltm_hf.losses_ltm import mean_loss
 
 VOCABULARY, HIDDEN = 61, 32
 close = torch.testing.assert_close
@@ -22,15 +22,15 @@ def naive(head, hidden_states, targets, num_items=None):
 
 @pytest.fixture(autouse=True)
 def chunks_of_four(monkeypatch):
-    monkeypatch.setattr(modeling_ltm, "CHUNK_BYTES", 4 * 4 * VOCABULARY + 3)
+    monkeypatch.setattr(losses_ltm, "CHUNK_BYTES", 4 * 4 * VOCABULARY + 3)
 
 
 @pytest.fixture
 def chunked(monkeypatch):
     """The rows of each chunk that had its gradients taken in the forward pass."""
-    rows, inner = [], modeling_ltm._cross_entropy_
+    rows, inner = [], losses_ltm._cross_entropy_
     monkeypatch.setattr(
-        modeling_ltm,
+        losses_ltm,
         "_cross_entropy_",
         lambda logits, *args, **kwargs: rows.append(len(logits)) or inner(logits, *args, **kwargs),
     )
@@ -69,7 +69,7 @@ def loss_and_gradients(function, head, states, *given, factor=1.0):
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 def test_is_the_loss_of_transformers(head, states, targets, chunked, monkeypatch, chunk, num_items, factor):
     """factor: what the loss is multiplied by on its way to the gradient, as the trainer does with several processes."""
-    monkeypatch.setattr(modeling_ltm, "CHUNK_BYTES", chunk * 4 * VOCABULARY)
+    monkeypatch.setattr(losses_ltm, "CHUNK_BYTES", chunk * 4 * VOCABULARY)
     expected = loss_and_gradients(naive, head, states, targets, num_items, factor=factor)
     actual = loss_and_gradients(mean_loss, head, states, targets, num_items, factor=factor)
     assert chunked == {1: [1] * 10, 4: [4, 4, 2], 100: [10]}[chunk]  # scored tokens alone

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ltm_hf import LTMConfig, LTMForCausalLM, modeling_ltm, preset_config
+from ltm_hf import LTMConfig, LTMForCausalLM, losses_ltm, preset_config
 from ltm_hf.planner import GPUS, PAPER_MFU, USABLE_MEMORY, plan, training_memory
 from ltm_hf.posterior_ltm import frozen, negative_log_likelihood
 
@@ -133,7 +133,7 @@ def test_memory_of_the_presets(preset, checkpointing, monkeypatch):
     monkeypatch.setattr(
         torch.Tensor, "nonzero", lambda x, as_tuple: torch.unravel_index(torch.arange(x.numel()), x.shape)
     )
-    monkeypatch.setattr(modeling_ltm, "_is_plain_linear", lambda head: True)  # nor does a parameter know its class
+    monkeypatch.setattr(losses_ltm, "_is_plain_linear", lambda head: True)  # nor does a parameter know its class
     config = preset_config(preset)
     memory = training_memory(config, 64, gradient_checkpointing=checkpointing)
     measured = measure(config, 64, 1024, "bf16", checkpointing, tensors=FakeTensorMode)

@@ -11,7 +11,17 @@ import torch
 
 from ltm_hf import LTMForCausalLM, LTMModel
 
-FILES = ["cache_ltm.py", "configuration_ltm.py", "generation_ltm.py", "modeling_ltm.py", "posterior_ltm.py"]
+FILES = [
+    "attention_ltm.py",
+    "cache_ltm.py",
+    "configuration_ltm.py",
+    "encoder_ltm.py",
+    "generation_ltm.py",
+    "layers_ltm.py",
+    "losses_ltm.py",
+    "modeling_ltm.py",
+    "posterior_ltm.py",
+]
 
 STRANGER = r"""
 import json, shutil, sys

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ltm_hf import modeling_ltm
-from ltm_hf.modeling_ltm import token_losses
+from ltm_hf import losses_ltm
+from ltm_hf.losses_ltm import token_losses
 from ltm_hf.posterior_ltm import negative_log_likelihood
 
 VOCABULARY, HIDDEN = 61, 32
@@ -26,7 +26,7 @@ def count_calls(head):
 
 @pytest.fixture
 def chunks_of_four(monkeypatch):
-    monkeypatch.setattr(modeling_ltm, "CHUNK_BYTES", 4 * 4 * VOCABULARY + 3)
+    monkeypatch.setattr(losses_ltm, "CHUNK_BYTES", 4 * 4 * VOCABULARY + 3)
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_likelihood_in_chunks(make_model, ids, make_noise, monkeypatch, override
     expected = torch.stack([-picked[row, first:last].sum() for row, (first, last) in enumerate(scored)])
     (expected_gradient,) = torch.autograd.grad(expected.sum(), latents)
 
-    monkeypatch.setattr(modeling_ltm, "CHUNK_BYTES", 10 * 4 * 90)
+    monkeypatch.setattr(losses_ltm, "CHUNK_BYTES", 10 * 4 * 90)
     rows = count_calls(model.lm_head)
     nll = negative_log_likelihood(model, ids, latents, mask, labels)
     assert rows == [8, 8, 6]  # 22 tokens, in chunks of at most 10, evenly
@@ -166,7 +166,7 @@ def test_inference_in_chunks(make_model, ids, monkeypatch):
     """The fast loop leaves no logits behind, and finds what it finds with all of them."""
     model, whole = make_model(), make_model()
     whole.lm_head.register_forward_hook(lambda *call: None)
-    monkeypatch.setattr(modeling_ltm, "CHUNK_BYTES", 10 * 4 * VOCABULARY)
+    monkeypatch.setattr(losses_ltm, "CHUNK_BYTES", 10 * 4 * VOCABULARY)
     rows = count_calls(model.lm_head)
     expected = whole.infer_posterior(ids, masked(ids), num_inference_steps=3)
     actual = model.infer_posterior(ids, masked(ids), num_inference_steps=3)

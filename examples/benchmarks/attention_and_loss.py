@@ -38,8 +38,8 @@ from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mistral.modeling_mistral import eager_attention_forward
 
-from ltm_hf import PRESETS, modeling_ltm, preset_config
-from ltm_hf.modeling_ltm import mean_loss, token_losses
+from ltm_hf import PRESETS, losses_ltm, preset_config
+from ltm_hf.losses_ltm import mean_loss, token_losses
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
@@ -127,12 +127,12 @@ class PaddedHead(nn.Linear):
 
 def with_chunks_of(bytes_, function):
     def run():
-        before = modeling_ltm.CHUNK_BYTES
-        modeling_ltm.CHUNK_BYTES = bytes_
+        before = losses_ltm.CHUNK_BYTES
+        losses_ltm.CHUNK_BYTES = bytes_
         try:
             return function()
         finally:
-            modeling_ltm.CHUNK_BYTES = before
+            losses_ltm.CHUNK_BYTES = before
 
     return run
 
@@ -167,7 +167,7 @@ def loss_candidates(args, config, learns: bool) -> dict:
 
     candidates = {"all logits": gradients(all_logits), "chunked": gradients(chunked)}
     for factor in (1 / 4, 4):
-        size_ = int(factor * modeling_ltm.CHUNK_BYTES)
+        size_ = int(factor * losses_ltm.CHUNK_BYTES)
         candidates[f"chunks of {size_ // 2**20} MiB"] = with_chunks_of(size_, gradients(chunked))
     if not learns:
         padded = PaddedHead(head.weight.detach())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from ltm_hf import modeling_ltm
+from ltm_hf import losses_ltm
 from ltm_hf.training import LTMTrainer
 
 VOCABULARY, HEAD = 61, "lm_head.weight"
@@ -21,10 +21,10 @@ def rows(make_ids):
 @pytest.fixture
 def seen(monkeypatch):
     """Where the head learns, the most tokens whose gradients were taken in chunks, and that went to it at once."""
-    monkeypatch.setattr(modeling_ltm, "CHUNK_BYTES", 10 * 4 * VOCABULARY)
+    monkeypatch.setattr(losses_ltm, "CHUNK_BYTES", 10 * 4 * VOCABULARY)
     seen, learning, forward = (
         {"in chunks": 0, "at once": 0},
-        modeling_ltm._LearningHeadLoss.forward,
+        losses_ltm._LearningHeadLoss.forward,
         torch.nn.Linear.forward,
     )
 
@@ -37,7 +37,7 @@ def seen(monkeypatch):
             seen["at once"] = max(seen["at once"], states.shape[:-1].numel())
         return forward(module, states)
 
-    monkeypatch.setattr(modeling_ltm._LearningHeadLoss, "forward", staticmethod(chunked))
+    monkeypatch.setattr(losses_ltm._LearningHeadLoss, "forward", staticmethod(chunked))
     monkeypatch.setattr(torch.nn.Linear, "forward", linear)
     return seen
 

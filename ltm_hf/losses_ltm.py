@@ -1,0 +1,189 @@
+"""Losses of tokens from hidden states, without logits of a whole batch: they exist a chunk at a time."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .posterior_ltm import IGNORED, Prelude
+
+CHUNK_BYTES = 2**25  # of float32 logits, the most that the losses below hold at a time
+
+
+def token_losses(
+    head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, prelude: Prelude | None = None
+) -> torch.Tensor:
+    """(B, S) float32 nats, -log p of the targets (B, S) given hidden states (B, S, D); 0 where a target is -100.
+
+    A head that is frozen, or used without a graph, gets the scored tokens alone, a chunk at a time. All tokens at once
+    go to one that learns or is compiled, and to one with hooks, which may count calls or gather weights at each.
+    prelude: of these targets, to keep in it which are scored; then one that learns gets these alone, too.
+    """
+    hooked, learns = head._forward_hooks or head._forward_pre_hooks, _learns(head)
+    if (learns and prelude is None) or hooked or torch.compiler.is_compiling():
+        logits = head(hidden_states)
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            targets.to(logits.device).flatten().long(),
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        return losses.view(targets.shape)
+    scored = None if prelude is None else prelude.scored
+    if scored is None:
+        targets = targets.to(hidden_states.device)
+        places = (targets != IGNORED).nonzero(as_tuple=True)  # which waits for a GPU
+        scored = places, targets[places].long()
+        if prelude is not None:
+            prelude.scored = scored
+    places, wanted = scored
+    if learns:  # with gradients of gradients
+        losses = F.cross_entropy(head(hidden_states[places]).float(), wanted, reduction="none")
+    else:
+        losses = _FrozenHeadLosses.apply(hidden_states[places], wanted, head)
+    return losses.new_zeros(targets.shape).index_put(places, losses)
+
+
+def mean_loss(
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Scalar float32 nats: the sum of `token_losses`, divided by num_items or else by the number of scored tokens.
+
+    A head that learns gets the scored tokens a chunk at a time, too: every token weighs the same in a mean, so that its
+    gradients need not wait for the backward pass. But only a plain `nn.Linear` whose gradient is its own to compute:
+    under adapters, hooks, sharding or torch.compile all tokens go to it at once.
+    """
+    if num_items is None:
+        num_items = (targets != IGNORED).sum()
+    if not (_learns(head) and _is_plain_linear(head)) or torch.compiler.is_compiling():
+        total = token_losses(head, hidden_states, targets).sum()
+        return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
+    targets = targets.to(hidden_states.device)
+    num_items = torch.as_tensor(num_items, dtype=torch.float32, device=hidden_states.device)
+    scored = (targets != IGNORED).nonzero(as_tuple=True)
+    return _LearningHeadLoss.apply(hidden_states[scored], targets[scored].long(), head.weight, num_items)
+
+
+def _learns(head: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether its output is input @ weight.T and nothing else happens, or is to be known, when it is called."""
+    weight = getattr(head, "weight", None)
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return (
+        type(head) is nn.Linear
+        and head.bias is None
+        and type(weight) in (nn.Parameter, torch.Tensor)  # no DTensor
+        and not hasattr(weight, "ds_id")  # ZeRO-3's
+        and "forward" not in vars(head)  # accelerate's way to offload
+        and not any(hooks)
+    )
+
+
+def _in_float32(*tensors: torch.Tensor) -> bool:
+    same = all(tensor.dtype == torch.float32 for tensor in tensors)
+    return same and not torch.is_autocast_enabled(tensors[0].device.type)
+
+
+def _chunks(vocab_size: int, *tensors: torch.Tensor):
+    """Rows of all tensors, (M, …) each, in even chunks whose logits take at most `CHUNK_BYTES`."""
+    rows = max(1, CHUNK_BYTES // (4 * vocab_size))
+    num_chunks = max(1, -(-len(tensors[0]) // rows))
+    return zip(*(x.chunk(num_chunks) for x in tensors), strict=True)
+
+
+def _cross_entropy_(logits: torch.Tensor, targets: torch.Tensor, out=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log p (M, 1) of targets (M, 1), and its gradient with respect to the logits (M, V), both float32.
+
+    out: (M, V) float32 for the gradient, of logits that are float32 too.
+    """
+    if out is None:
+        log_probabilities = logits.log_softmax(dim=-1, dtype=torch.float32)
+    else:
+        log_probabilities = torch.log_softmax(logits, dim=-1, out=out)
+    losses = -log_probabilities.gather(1, targets)
+    excess = log_probabilities.exp_()  # probability less the target's one
+    return losses, excess.scatter_add_(1, targets, excess.new_full(targets.shape, -1.0))
+
+
+class _FrozenHeadLosses(torch.autograd.Function):
+    """-log p (M,) of targets (M,) given hidden states (M, D). Forward has the logits, and takes the gradient too."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, targets, head):
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden_states) if wants_gradient else hidden_states
+        losses = []
+        # Buffers for all chunks where no class of the head's own has a say: new pages take a twentieth of the time.
+        reuses, buffers = _is_plain_linear(head) and _in_float32(head.weight, hidden_states), None
+        for states, wanted, place in _chunks(head.out_features, hidden_states, targets[:, None], gradient):
+            if reuses:
+                if buffers is None:
+                    buffers = states.new_empty(2, len(states), head.out_features)
+                logits = torch.mm(states, head.weight.T, out=buffers[0, : len(states)])
+                loss, excess = _cross_entropy_(logits, wanted, out=buffers[1, : len(states)])
+                if wants_gradient:
+                    torch.mm(excess, head.weight, out=place)
+            else:
+                with torch.set_grad_enabled(wants_gradient):
+                    states = states.detach().requires_grad_(wants_gradient)
+                    # By the head's own forward and backward, so that it may be of any class. It gets no leaf, which
+                    # torch's FlopCounterMode could not watch.
+                    logits = head(states.view_as(states))
+                loss, excess = _cross_entropy_(logits.detach(), wanted.to(logits.device))
+                if wants_gradient:
+                    place.copy_(torch.autograd.grad(logits, states, excess.to(logits.dtype))[0])
+            losses.append(loss.squeeze(1).to(place.device))  # accelerate may have put the head elsewhere
+            del logits, excess  # before the next chunk's
+        if wants_gradient:
+            ctx.save_for_backward(gradient)
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, weights):
+        (gradient,) = ctx.saved_tensors
+        return weights[:, None].to(gradient.dtype) * gradient, None, None
+
+
+class _LearningHeadLoss(torch.autograd.Function):
+    """Σ -log p / num_items of targets (M,) given hidden states (M, D) and weight (V, D). Forward takes both gradients.
+
+    The weight's is summed in float32 or better, over chunks that under autocast are multiplied in half precision.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, targets, weight, num_items):
+        kind = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        # Cast here once: autocast would do it for each chunk, or keep a copy that has lost its graph.
+        matrix = weight.detach().to(dtype)
+        state_gradient = torch.empty_like(hidden_states) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.promote_types(dtype, torch.float32))
+        total = weight_gradient.new_zeros((), dtype=torch.float32)
+        places = hidden_states if state_gradient is None else state_gradient
+        with torch.autocast(kind, enabled=False):
+            for states, wanted, place in _chunks(len(weight), hidden_states, targets[:, None], places):
+                states = states.to(dtype)
+                losses, excess = _cross_entropy_(F.linear(states, matrix), wanted)
+                total += losses.sum()
+                excess = excess.div_(num_items).to(dtype)
+                if dtype == weight_gradient.dtype:
+                    torch.addmm(weight_gradient, excess.T, states, out=weight_gradient)
+                else:
+                    weight_gradient += excess.T @ states
+                if state_gradient is not None:
+                    place.copy_(excess @ matrix)
+                del excess  # before the next chunk's
+        ctx.save_for_backward(state_gradient, weight_gradient.to(weight.dtype))
+        return total / num_items
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, weight):
+        state_gradient, weight_gradient = (None if x is None else weight.to(x.dtype) * x for x in ctx.saved_tensors)
+        return state_gradient, None, weight_gradient, None
