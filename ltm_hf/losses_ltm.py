@@ -187,3 +187,66 @@ class _LearningHeadLoss(torch.autograd.Function):
     def backward(ctx, weight):
         state_gradient, weight_gradient = (None if x is None else weight.to(x.dtype) * x for x in ctx.saved_tensors)
         return state_gradient, None, weight_gradient, None
+
+
+class HeadPass:
+    """Nats of tokens and their gradients, a chunk after the other, from one pass over the logits of each.
+
+    The gradient of the head's weight comes with them, of the sum of weighted nats, where it is the head's own to
+    compute: `weight_gradient`, which is None for a head that does not learn, or under adapters, hooks and sharding.
+    """
+
+    def __init__(self, head: nn.Module):
+        self.head = head
+        self.weight_gradient = None
+        if _learns(head) and _is_plain_linear(head):
+            kind = head.weight.device.type
+            autocast = torch.is_autocast_enabled(kind)
+            self._matrix = head.weight.detach().to(torch.get_autocast_dtype(kind) if autocast else head.weight.dtype)
+            dtype = torch.promote_types(self._matrix.dtype, torch.float32)
+            self.weight_gradient = torch.zeros_like(self._matrix, dtype=dtype)
+
+    def __call__(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(M,) float32 nats of targets (M,) given hidden states (M, D), and their gradient in these; 0 for -100.
+
+        weights: (M,), of the nats in the loss that the head's weight learns from; None for none.
+        """
+        known = targets != IGNORED
+        wanted = targets.clamp(min=0).long()
+        if self.weight_gradient is None:
+            with torch.enable_grad():
+                leaf = hidden_states.detach().requires_grad_()
+                nats = _FrozenHeadLosses.apply(leaf, wanted, self.head)
+                (gradient,) = torch.autograd.grad(nats, leaf, known.to(nats.dtype))
+            return nats.detach() * known, gradient
+        gradient, losses = torch.empty_like(hidden_states), []
+        weights = torch.zeros_like(known, dtype=torch.float32) if weights is None else weights
+        with torch.no_grad(), torch.autocast(hidden_states.device.type, enabled=False):
+            parts = _chunks(
+                len(self._matrix), hidden_states, wanted[:, None], known[:, None], weights[:, None], gradient
+            )
+            for states, target, is_known, weight, place in parts:
+                states = states.to(self._matrix.dtype)
+                nats, excess = _cross_entropy_(F.linear(states, self._matrix), target)
+                excess = (excess * is_known).to(states.dtype)
+                losses.append((nats * is_known).squeeze(1))
+                place.copy_(excess @ self._matrix)
+                self.weight_gradient += (excess * weight.to(excess.dtype)).T @ states
+        return torch.cat(losses), gradient
+
+
+class KnownLoss(torch.autograd.Function):
+    """A loss whose gradients in the hidden states and in the head's weight are known already."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, loss, state_gradient, weight_gradient):
+        ctx.save_for_backward(state_gradient.to(hidden_states.dtype), weight_gradient.to(weight.dtype))
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        state_gradient, weight_gradient = (upstream.to(x.dtype) * x for x in ctx.saved_tensors)
+        return state_gradient, weight_gradient, None, None, None

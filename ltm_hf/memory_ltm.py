@@ -1,0 +1,396 @@
+"""The memory reader: latents that hold a Gaussian posterior given the text so far, updated as it is read.
+
+Shapes: B batch, S tokens, H heads of width d, N latents a head, D = H·d hidden, C tokens of a chunk, K chunks.
+
+Latents z ~ N(0, I) are (H, N, d), and each head has a learned address for each of its own. Token t weighs them by
+a_t = softmax(q(h_t)·addresses / √d), (H, N), and reads r_t = σ Σ_n a_tn z_n, a vector a head; the residual stream that
+leaves the last layer becomes u_t = h_t + g ⊙ M r_t, with a gate g and a square map M. z = 0 reads nothing.
+
+Inference maximises E[log p(text|z)] - κ KL(q || prior), κ = `inference_kl_weight`, by one natural-gradient step for
+each chunk of C tokens, from the posterior before it. With errors e_s = ∂nats_s/∂r_s at what token s read, ē² their mean
+square in a head, and a learned λ for each head (1 at first):
+
+    precision ← precision + (λ σ²/κ) Σ_s a_s² ē_s²
+    mean      ← mean - (σ/κ) Σ_s a_s e_s / precision
+
+A chunk's tokens read what was known at its start; those before them in the chunk are within the attention window. So
+the logits that give a token's loss give its error as well. Chunks are counted from a row's first real token, in
+training, inference and generation alike. Errors are constants of the slow step: the decoder is frozen where it infers.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+
+from .configuration_ltm import LTMConfig
+from .layers_ltm import LTMGate
+from .losses_ltm import HeadPass
+from .posterior_ltm import IGNORED, LatentPosterior
+
+# ------------------------------------------------------------------ the reader
+
+
+class LTMAddresses(nn.Module):
+    """(H, N, d), of latents. A module of its own, so that offloading moves the parameter."""
+
+    def __init__(self, heads: int, latents: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, latents, width))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+class LTMScales(nn.Module):
+    """σ and λ of each head, (H, 1, 1) each: how strongly it reads, and how much errors say of precision."""
+
+    READ = 0.07  # σ at first
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.log_read = nn.Parameter(torch.full((heads,), math.log(self.READ)))
+        self.log_precision = nn.Parameter(torch.zeros(heads))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(x.float().exp()[:, None, None] for x in (self.log_read, self.log_precision))
+
+
+class MemoryReader(nn.Module):
+    def __init__(self, config: LTMConfig):
+        super().__init__()
+        self.heads, hidden = config.num_attention_heads, config.hidden_size
+        width = hidden // self.heads
+        self.scaling = width**-0.5
+        self.chunk, self.kl_weight = config.latent_chunk, config.inference_kl_weight
+        self.norm = MistralRMSNorm(hidden, eps=config.rms_norm_eps)
+        self.q_proj = nn.Linear(hidden, hidden, bias=False)
+        self.addresses = LTMAddresses(self.heads, config.num_latents, width)
+        self.scales = LTMScales(self.heads)
+        self.map = nn.Linear(hidden, hidden, bias=False)
+        self.gate = LTMGate(hidden, config.latent_gate_init)
+
+    def weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, H, S, N) float32: how much of each latent a token reads, and how much of its error each latent gets."""
+        queries = self.heads_apart(self.q_proj(self.norm(hidden_states)))
+        return (queries @ self.addresses().mT.to(queries.dtype) * self.scaling).softmax(dim=-1, dtype=torch.float32)
+
+    def add(self, hidden_states: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """The residual stream (B, S, D) after what is read, (B, H, S, d)."""
+        return hidden_states + self.gate(self.map(read.transpose(1, 2).flatten(2).to(hidden_states.dtype)))
+
+    def forward(self, hidden_states: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """All tokens read the same latents (B, 1, N, D)."""
+        sigma, _ = self.scales()
+        return self.add(hidden_states, sigma * (self.weights(hidden_states) @ self.heads_apart(latents[:, 0]).float()))
+
+    def heads_apart(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, S, D) to (B, H, S, d)."""
+        return states.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+    def gains(self, weights: torch.Tensor, errors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What tokens add: to precision·mean, (…, H, N, d), and to the precision, (…, H, N, 1).
+
+        weights: (…, H, C, N). errors: (…, H, C, d) float32.
+        """
+        sigma, factor = self.scales()
+        moved = (-sigma / self.kl_weight) * (weights.mT @ errors)
+        sharpened = (factor * sigma**2 / self.kl_weight) * (
+            weights.mT.square() @ errors.square().mean(-1, keepdim=True)
+        )
+        return moved, sharpened
+
+
+# ------------------------------------------------------------------ the state
+
+
+@dataclass
+class MemoryState:
+    """What reading a text has left: of constant size, whatever the length. All float32.
+
+    mean, precision: (B, H, N, d) and (B, H, N, 1), of the posterior that the present chunk reads.
+    moved, sharpened: of the same shapes, what the chunk has added so far.
+    count: (B,) tokens read. Of the last of them, whose error comes with the token after it: weights (B, H, 1, N),
+        residual (B, 1, D) and `open` (B,), whether it will add anything.
+    """
+
+    mean: torch.Tensor
+    precision: torch.Tensor
+    moved: torch.Tensor
+    sharpened: torch.Tensor
+    count: torch.Tensor
+    weights: torch.Tensor
+    residual: torch.Tensor
+    open: torch.Tensor
+
+    @classmethod
+    def of(cls, start: torch.Tensor, hidden_size: int) -> "MemoryState":
+        """Before any text. start: (B, H, N, d + 1), mean and precision of the latents (see `latent_state`)."""
+        rows, heads, latents, _ = start.shape
+        mean, precision = start[..., :-1], start[..., -1:]
+        return cls(
+            mean,
+            precision,
+            torch.zeros_like(mean),
+            torch.zeros_like(precision),
+            start.new_zeros(rows, dtype=torch.long),
+            start.new_zeros(rows, heads, 1, latents),
+            start.new_zeros(rows, 1, hidden_size),
+            start.new_zeros(rows, dtype=torch.bool),
+        )
+
+    def rows(self, choose) -> "MemoryState":
+        """With each tensor as `choose` makes it of the rows there are."""
+        return MemoryState(*(choose(getattr(self, field.name)) for field in fields(self)))
+
+    def where(self, rows: torch.Tensor, other: "MemoryState") -> "MemoryState":
+        """The other's rows where `rows` (B,) is False."""
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return MemoryState(*(torch.where(rows.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+
+    def committed(self) -> "MemoryState":
+        """With what the chunk has added in the posterior."""
+        precision = self.precision + self.sharpened
+        mean = self.mean + self.moved / precision
+        nothing = torch.zeros_like(self.moved), torch.zeros_like(self.sharpened)
+        return MemoryState(mean, precision, *nothing, self.count, self.weights, self.residual, self.open)
+
+    def posterior(self, keys: torch.Tensor | None = None) -> LatentPosterior:
+        """q(z | what was read), as (B, 1, N, D)."""
+        now = self.committed()
+        mean, log_variance = now.mean, -now.precision.log().expand_as(now.mean)
+        mean, log_variance = (x.transpose(1, 2).flatten(2)[:, None] for x in (mean, log_variance))
+        return LatentPosterior(mean, log_variance, keys=keys)
+
+
+def prior_state(config: LTMConfig, rows: int, device=None) -> torch.Tensor:
+    """(B, H, N, d + 1): a memory of nothing."""
+    heads = config.num_attention_heads
+    start = torch.zeros(rows, heads, config.num_latents, config.hidden_size // heads + 1, device=device)
+    start[..., -1] = 1
+    return start
+
+
+def state_of(posterior: LatentPosterior, heads: int) -> torch.Tensor:
+    """(B, H, N, d + 1): where a memory starts that holds a posterior (B, 1, N, D); a point counts as of precision 1."""
+    mean, log_variance = (
+        x[:, 0].unflatten(-1, (heads, -1)).transpose(1, 2) for x in (posterior.mean, posterior.log_variance)
+    )
+    precision = torch.where(log_variance.isneginf(), 1.0, (-log_variance).exp()).mean(dim=-1, keepdim=True)
+    return torch.cat((mean, precision), dim=-1)
+
+
+# ------------------------------------------------------------------ the grid of chunks
+
+
+class Grid:
+    """Where tokens stand on a row's grid of chunks, counted from its first real token.
+
+    mask: (B, S) bool, real tokens; None for all. offset: (B,), how many of the first chunk's places are taken already;
+    None for none. Without either, it is no more than a change of shape.
+    """
+
+    def __init__(self, shape: tuple[int, int], chunk: int, mask=None, offset=None):
+        (rows, self.length), self.chunk = shape, chunk
+        self.plain = mask is None and offset is None
+        taken = 0 if offset is None else chunk - 1  # at most
+        self.num_chunks = -(-(taken + self.length) // chunk)
+        self.offset, self.places = offset, self.num_chunks * chunk
+        if self.plain:
+            return
+        device = (mask if offset is None else offset).device
+        mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
+        self.offset = torch.zeros(rows, dtype=torch.long, device=device) if offset is None else offset
+        place = self.offset[:, None] + mask.long().cumsum(dim=1) - 1
+        self.count = mask.sum(dim=1)
+        self.place = torch.where(mask, place, self.places)  # beyond the last: nowhere
+        self.token = torch.full((rows, self.places + 1), self.length, device=device)
+        self.token.scatter_(1, self.place, torch.arange(self.length, device=device).expand(rows, -1))
+
+    def chunks(self, states: torch.Tensor, fill=0) -> torch.Tensor:
+        """(B, S, …) to (B, K, C, …); places without a token get `fill`."""
+        if self.plain:
+            padding = [0, 0] * (states.ndim - 2) + [0, self.places - self.length]
+            return F.pad(states, padding, value=fill).unflatten(1, (-1, self.chunk))
+        padded = F.pad(states, [0, 0] * (states.ndim - 2) + [0, 1], value=fill)
+        return _rows_of(padded, self.token[:, :-1]).unflatten(1, (-1, self.chunk))
+
+    def tokens(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, K, C, …) back to (B, S, …)."""
+        states = states.flatten(1, 2)
+        return states[:, : self.length] if self.plain else _rows_of(states, self.place.clamp(max=self.places - 1))
+
+    def begins(self, number: int) -> torch.Tensor | bool:
+        """(B,), or for all: whether a row has a token in that chunk, and is at the chunk's start."""
+        if self.plain:
+            return True
+        present = self.offset + self.count > number * self.chunk
+        return present if number else present & (self.offset == 0)
+
+
+def _rows_of(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(B, M, …) from states (B, S, …) and places (B, M)."""
+    index = index.view(*index.shape, *[1] * (states.ndim - 2)).expand(-1, -1, *states.shape[2:])
+    return states.gather(1, index)
+
+
+# ------------------------------------------------------------------ reading a text
+
+
+class Thought(NamedTuple):
+    """residual (B, S, D): with what was read, before the decoder's last norm; no graph. nats: (B, S), of targets.
+
+    state: after the text, or None where nobody asked. learned: what `relive` makes the gradient of.
+    """
+
+    residual: torch.Tensor
+    nats: torch.Tensor
+    state: MemoryState | None
+    errors: torch.Tensor
+    state_gradient: torch.Tensor
+    grid: Grid
+
+
+@torch.no_grad()
+def think(
+    reader: MemoryReader,
+    norm: nn.Module,
+    head_pass: HeadPass,
+    hidden_states: torch.Tensor,
+    targets: torch.Tensor,
+    writes: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    state: MemoryState | None = None,
+    noise: torch.Tensor | None = None,
+    first_ids: torch.Tensor | None = None,
+    keep: bool = False,
+) -> Thought:
+    """Read a text, and infer from it on the way.
+
+    hidden_states: (B, S, D), as the last layer leaves them. targets: (B, S), the token after each, -100 where it is not
+    known. writes: (B, S) bool, whose errors the memory takes; None for all that are known. scores: (B, S), the weight
+    of each token's nats in the loss. mask: (B, S) bool, real tokens. noise: (B, S, D), standard normal: each token
+    reads a fresh sample of its posterior; None: the mean. state: from the text before, whose last error comes with
+    first_ids (B,). keep: return the state after the text.
+    """
+    if state is None:
+        state = MemoryState.of(_start_like(reader, hidden_states), hidden_states.shape[-1])
+        offset = None
+    else:
+        offset = state.count % reader.chunk
+        state = _close(reader, norm, head_pass, state, first_ids, mask)
+    grid = Grid(hidden_states.shape[:2], reader.chunk, mask, offset)
+    weights = grid.chunks(reader.weights(hidden_states).transpose(1, 2)).transpose(2, 3)  # (B, K, H, C, N)
+    hidden, wanted = grid.chunks(hidden_states), grid.chunks(targets, IGNORED)
+    writing = wanted != IGNORED if writes is None else grid.chunks(writes) & (wanted != IGNORED)
+    scored = None if scores is None else grid.chunks(scores)
+    noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
+    found = []
+    for number in range(grid.num_chunks):
+        begins = grid.begins(number)
+        if begins is True:
+            state = state.committed() if number else state
+        else:
+            state = state.committed().where(begins, state)
+        read = read_of(reader, weights[:, number], state, None if noise is None else noise[:, number])
+        residual, nats, gradient, errors = _errors(
+            reader, norm, head_pass, hidden[:, number], read, wanted[:, number],
+            None if scored is None else scored[:, number],
+        )  # fmt: skip
+        errors = errors * writing[:, number, None, :, None]
+        moved, sharpened = reader.gains(weights[:, number], errors)
+        state = MemoryState(state.mean, state.precision, state.moved + moved, state.sharpened + sharpened,
+                            state.count, state.weights, state.residual, state.open)  # fmt: skip
+        found.append((residual, nats, gradient, errors))
+    residual, nats, gradient, errors = (torch.stack(part, dim=1) for part in zip(*found, strict=True))
+    residual = grid.tokens(residual)
+    if keep:
+        state = _left_open(state, grid.tokens(weights.transpose(2, 3)).transpose(1, 2), residual, mask)
+    return Thought(residual, grid.tokens(nats), state if keep else None, errors, gradient, grid)
+
+
+def read_of(reader: MemoryReader, weights: torch.Tensor, state, noise: torch.Tensor | None) -> torch.Tensor:
+    """(…, H, C, d): the mean of what tokens read, or a sample by noise of that shape."""
+    sigma, _ = reader.scales()
+    read = weights @ state.mean
+    if noise is not None:
+        variance = weights.square() @ state.precision.reciprocal()
+        read = read + variance.clamp(min=1e-20).sqrt() * noise  # places without a token have none
+    return sigma * read
+
+
+def _errors(reader, norm, head_pass, hidden, read, targets, scores):
+    """(B, C, D) residual, (B, C) nats, their gradients after the norm (B, C, D) and in what was read (B, H, C, d)."""
+    with torch.enable_grad():
+        read = read.detach().requires_grad_()
+        residual = reader.add(hidden.detach(), read)
+        states = norm(residual)
+    nats, gradient = head_pass(
+        states.detach().flatten(0, 1), targets.flatten(), None if scores is None else scores.flatten()
+    )
+    gradient = gradient.view_as(states)
+    (errors,) = torch.autograd.grad(states, read, gradient.to(states.dtype))
+    return residual.detach(), nats.view(targets.shape), gradient, errors.float()
+
+
+def _close(reader, norm, head_pass, state, first_ids, mask) -> MemoryState:
+    """With the error of the last token read, now that the next one is known."""
+    rows = state.open if mask is None else state.open & mask.any(dim=1)
+    targets = torch.where(rows, first_ids, IGNORED)[:, None]
+    nothing = reader.heads_apart(torch.zeros_like(state.residual))
+    _, _, _, errors = _errors(reader, norm, head_pass, state.residual, nothing, targets, None)
+    moved, sharpened = reader.gains(state.weights, errors)
+    return MemoryState(state.mean, state.precision, state.moved + moved, state.sharpened + sharpened,
+                       state.count, state.weights, state.residual, state.open & ~rows)  # fmt: skip
+
+
+def _left_open(state, weights, residual, mask) -> MemoryState:
+    """The state after a text, whose last token's error is yet to come."""
+    length = residual.shape[1]
+    if mask is None:
+        last, rows, count = weights[:, :, -1:], residual[:, -1:], length
+        return MemoryState(state.mean, state.precision, state.moved, state.sharpened, state.count + count,
+                           last, rows, torch.ones_like(state.open))  # fmt: skip
+    positions = torch.arange(length, device=mask.device)
+    index = (positions * mask).amax(dim=1)[:, None]
+    read_some = mask.any(dim=1)
+    after = MemoryState(
+        state.mean, state.precision, state.moved, state.sharpened, state.count + mask.sum(dim=1),
+        _rows_of(weights.transpose(1, 2), index).transpose(1, 2), _rows_of(residual, index), read_some,
+    )  # fmt: skip
+    return after.where(read_some, state)
+
+
+def _start_like(reader: MemoryReader, hidden_states: torch.Tensor) -> torch.Tensor:
+    addresses = reader.addresses()
+    start = torch.zeros(len(hidden_states), *addresses.shape[:2], addresses.shape[2] + 1, device=hidden_states.device)
+    start[..., -1] = 1
+    return start
+
+
+def relive(
+    reader: MemoryReader, hidden_states: torch.Tensor, thought: Thought, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The residual stream (B, S, D) of `think`, from a memory of nothing, with a graph; its errors are constants.
+
+    All chunks at once: with the errors known, what each reads is a sum over those before.
+    """
+    grid = thought.grid
+    weights = grid.chunks(reader.weights(hidden_states).transpose(1, 2)).transpose(2, 3)
+    moved, sharpened = reader.gains(weights, thought.errors)
+    after = 1 + sharpened.cumsum(dim=1)
+    steps = moved / after
+    before = _Moments(steps.cumsum(dim=1) - steps, after - sharpened)
+    noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
+    read = read_of(reader, weights, before, noise)  # (B, K, H, C, d)
+    return reader.add(hidden_states, grid.tokens(read.transpose(2, 3)).transpose(1, 2))
+
+
+class _Moments(NamedTuple):
+    mean: torch.Tensor
+    precision: torch.Tensor
