@@ -5,6 +5,7 @@ every version, and the library is spoken to by the name that it has.
 """
 
 from functools import cache as once
+from functools import partial
 
 import torch
 from transformers.cache_utils import Cache
@@ -54,26 +55,27 @@ def _with_latents(cls: type) -> type:
     """The class of a cache's first layer, with latents that follow the rows of its keys and values."""
 
     class LayerWithLatents(cls):
-        # As `forward` takes them: {"latents": (B, …)} or {"latent_key_values": (B, …)}; empty without any.
-        latents: dict[str, torch.Tensor] = {}
+        # As `forward` takes them: {"latents": (B, …)}, {"latent_key_values": (B, …)} or {"memory": MemoryState}, or none.
+        latents = {}
 
         def __reduce__(self):
             return _empty_layer, (cls,), self.__dict__
 
-        def _select(self, rows) -> None:
-            self.latents = {name: x.index_select(0, rows.to(x.device)) for name, x in self.latents.items()}
+        def _each(self, choose) -> None:
+            rows = {name: getattr(x, "rows", None) or partial(_apply, x) for name, x in self.latents.items()}
+            self.latents = {name: of(choose) for name, of in rows.items()}
 
         def reorder_cache(self, beam_idx):
             super().reorder_cache(beam_idx)
-            self._select(beam_idx)
+            self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
         def batch_select_indices(self, indices):
             super().batch_select_indices(indices)
-            self._select(indices)
+            self._each(lambda x: x[indices])
 
         def batch_repeat_interleave(self, repeats):
             super().batch_repeat_interleave(repeats)
-            self.latents = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.latents.items()}
+            self._each(lambda x: x.repeat_interleave(repeats, dim=0))
 
         def reset(self):
             super().reset()
@@ -81,6 +83,10 @@ def _with_latents(cls: type) -> type:
 
     LayerWithLatents.__name__ = LayerWithLatents.__qualname__ = f"{cls.__name__}WithLatents"
     return LayerWithLatents
+
+
+def _apply(x, function):
+    return function(x)
 
 
 def _empty_layer(cls: type):

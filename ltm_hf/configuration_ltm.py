@@ -204,6 +204,10 @@ class LTMConfig(PreTrainedConfig):
     self_attention: str = "mistral"
     attention_dropout: float | int = 0.0
 
+    latent_reader: str = "paper"
+    latent_chunk: int = 8
+    latent_gate_init: float | int | None = 0.2
+    inference_kl_weight: float | int = 0.01
     num_latents: int = 24
     latent_position_stride: int | None = None
     latent_embedding_std: float | int | None = None
@@ -266,7 +270,9 @@ class LTMConfig(PreTrainedConfig):
                     f"got {named}."
                 )
             self.cross_attention_layers = layers
-        owners = len(self.cross_attention_layers or range(self.num_hidden_layers))
+        owners = (
+            1 if self.latent_reader == "memory" else len(self.cross_attention_layers or range(self.num_hidden_layers))
+        )
         if self.num_latents < 0 or self.num_latents % owners:
             counted = "num_hidden_layers" if self.cross_attention_layers is None else "the cross_attention_layers"
             raise ValueError(
@@ -343,18 +349,23 @@ class LTMConfig(PreTrainedConfig):
     @property
     def reading_layers(self) -> list[int]:
         """The layers that read latents; none without latents, and of the first alone in an early exit."""
+        if self.latent_reader == "memory":
+            return []
         layers = self.cross_attention_layers or range(self.num_hidden_layers)
         return [layer for layer in layers if layer < self.num_hidden_layers] if self.num_latents else []
 
     @property
     def latents_per_layer(self) -> int:
         """Of a layer that reads latents."""
+        if self.latent_reader == "memory":
+            return self.num_latents
         return self.num_latents // len(self.cross_attention_layers or range(self.num_hidden_layers))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(layers that read latents, latents a layer, hidden): the shape of one sequence's latents."""
-        return (len(self.reading_layers), self.latents_per_layer, self.hidden_size)
+        layers = 1 if self.latent_reader == "memory" else len(self.reading_layers)
+        return (layers, self.latents_per_layer, self.hidden_size)
 
 
 __all__ = ["InferenceSettings", "LTMConfig"]

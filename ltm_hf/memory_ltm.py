@@ -38,6 +38,8 @@ from .posterior_ltm import IGNORED, LatentPosterior
 class LTMAddresses(nn.Module):
     """(H, N, d), of latents. A module of its own, so that offloading moves the parameter."""
 
+    SHARPNESS = 2.4  # their standard deviation at first, and of queries: sharp whatever the width
+
     def __init__(self, heads: int, latents: int, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, latents, width))
@@ -72,6 +74,7 @@ class MemoryReader(nn.Module):
         self.addresses = LTMAddresses(self.heads, config.num_latents, width)
         self.scales = LTMScales(self.heads)
         self.map = nn.Linear(hidden, hidden, bias=False)
+        self.q_proj.is_sharp = self.map.starts_as_identity = True  # for `_init_weights`
         self.gate = LTMGate(hidden, config.latent_gate_init)
 
     def weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -242,17 +245,20 @@ def _rows_of(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 class Thought(NamedTuple):
-    """residual (B, S, D): with what was read, before the decoder's last norm; no graph. nats: (B, S), of targets.
+    """What reading a text gave, without a graph.
 
-    state: after the text, or None where nobody asked. learned: what `relive` makes the gradient of.
+    residual: (B, S, D), with what was read, before the decoder's last norm. nats: (B, S), of the targets.
+    gradient: (B, S, D), of the nats, after that norm. errors: (B, K, H, C, d). start, state: before and after the text;
+        the latter None where nobody asked.
     """
 
     residual: torch.Tensor
     nats: torch.Tensor
-    state: MemoryState | None
+    gradient: torch.Tensor
     errors: torch.Tensor
-    state_gradient: torch.Tensor
     grid: Grid
+    start: torch.Tensor
+    state: MemoryState | None
 
 
 @torch.no_grad()
@@ -262,10 +268,10 @@ def think(
     head_pass: HeadPass,
     hidden_states: torch.Tensor,
     targets: torch.Tensor,
+    state: torch.Tensor | MemoryState,
     writes: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
-    state: MemoryState | None = None,
     noise: torch.Tensor | None = None,
     first_ids: torch.Tensor | None = None,
     keep: bool = False,
@@ -275,15 +281,16 @@ def think(
     hidden_states: (B, S, D), as the last layer leaves them. targets: (B, S), the token after each, -100 where it is not
     known. writes: (B, S) bool, whose errors the memory takes; None for all that are known. scores: (B, S), the weight
     of each token's nats in the loss. mask: (B, S) bool, real tokens. noise: (B, S, D), standard normal: each token
-    reads a fresh sample of its posterior; None: the mean. state: from the text before, whose last error comes with
-    first_ids (B,). keep: return the state after the text.
+    reads a fresh sample of its posterior; None: the mean. state: of the text before, whose last error comes with
+    first_ids (B,); or where a text starts, (B, H, N, d + 1). keep: return the state after the text.
     """
-    if state is None:
-        state = MemoryState.of(_start_like(reader, hidden_states), hidden_states.shape[-1])
-        offset = None
-    else:
-        offset = state.count % reader.chunk
+    begun = isinstance(state, MemoryState)
+    start = torch.cat((state.mean, state.precision), dim=-1) if begun else state
+    offset = state.count % reader.chunk if begun else None
+    if begun:
         state = _close(reader, norm, head_pass, state, first_ids, mask)
+    else:
+        state = MemoryState.of(state, hidden_states.shape[-1])
     grid = Grid(hidden_states.shape[:2], reader.chunk, mask, offset)
     weights = grid.chunks(reader.weights(hidden_states).transpose(1, 2)).transpose(2, 3)  # (B, K, H, C, N)
     hidden, wanted = grid.chunks(hidden_states), grid.chunks(targets, IGNORED)
@@ -311,7 +318,7 @@ def think(
     residual = grid.tokens(residual)
     if keep:
         state = _left_open(state, grid.tokens(weights.transpose(2, 3)).transpose(1, 2), residual, mask)
-    return Thought(residual, grid.tokens(nats), state if keep else None, errors, gradient, grid)
+    return Thought(residual, grid.tokens(nats), grid.tokens(gradient), errors, grid, start, state if keep else None)
 
 
 def read_of(reader: MemoryReader, weights: torch.Tensor, state, noise: torch.Tensor | None) -> torch.Tensor:
@@ -366,26 +373,19 @@ def _left_open(state, weights, residual, mask) -> MemoryState:
     return after.where(read_some, state)
 
 
-def _start_like(reader: MemoryReader, hidden_states: torch.Tensor) -> torch.Tensor:
-    addresses = reader.addresses()
-    start = torch.zeros(len(hidden_states), *addresses.shape[:2], addresses.shape[2] + 1, device=hidden_states.device)
-    start[..., -1] = 1
-    return start
-
-
 def relive(
     reader: MemoryReader, hidden_states: torch.Tensor, thought: Thought, noise: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The residual stream (B, S, D) of `think`, from a memory of nothing, with a graph; its errors are constants.
+    """The residual stream (B, S, D) of `think`, of a text from its beginning, with a graph; the errors are constants.
 
     All chunks at once: with the errors known, what each reads is a sum over those before.
     """
     grid = thought.grid
     weights = grid.chunks(reader.weights(hidden_states).transpose(1, 2)).transpose(2, 3)
     moved, sharpened = reader.gains(weights, thought.errors)
-    after = 1 + sharpened.cumsum(dim=1)
+    after = thought.start[:, None, ..., -1:] + sharpened.cumsum(dim=1)
     steps = moved / after
-    before = _Moments(steps.cumsum(dim=1) - steps, after - sharpened)
+    before = _Moments(thought.start[:, None, ..., :-1] + steps.cumsum(dim=1) - steps, after - sharpened)
     noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
     read = read_of(reader, weights, before, noise)  # (B, K, H, C, d)
     return reader.add(hidden_states, grid.tokens(read.transpose(2, 3)).transpose(1, 2))

@@ -7,11 +7,13 @@ self-attention and feed-forward (paper section 3), and a learned gate on that cr
 """
 
 import inspect
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -40,8 +42,9 @@ from .configuration_ltm import LTMConfig
 from .encoder_ltm import LTMEncoder
 from .generation_ltm import LTMGenerationMixin
 from .layers_ltm import SELF_ATTENTIONS, LTMCrossAttention, LTMDecoderLayer, LTMGate, LTMLatentEmbeddings
-from .losses_ltm import mean_loss, token_losses
-from .posterior_ltm import Prelude, elbo, infer_posterior, sample_prior
+from .losses_ltm import HeadPass, KnownLoss, mean_loss, token_losses
+from .memory_ltm import LTMAddresses, LTMScales, MemoryReader, relive, think
+from .posterior_ltm import IGNORED, Prelude, elbo, infer_posterior, sample_prior
 
 # Arguments of `forward` that are for others: transformers' decorators, and attention functions with **kwargs.
 _PASSED_ON = {"output_hidden_states", "output_attentions", "return_dict", *FlashAttentionKwargs.__annotations__}
@@ -97,6 +100,15 @@ class LTMPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, LTMGate):
             init.constant_(module.weight, module.start)
+        elif isinstance(module, LTMAddresses):
+            init.normal_(module.weight, mean=0.0, std=module.SHARPNESS)
+        elif isinstance(module, LTMScales):
+            init.constant_(module.log_read, math.log(module.READ))
+            init.zeros_(module.log_precision)
+        elif getattr(module, "is_sharp", False):
+            init.normal_(module.weight, mean=0.0, std=LTMAddresses.SHARPNESS * self.config.hidden_size**-0.5)
+        elif getattr(module, "starts_as_identity", False):
+            init.eye_(module.weight)
         elif isinstance(module, LTMLatentEmbeddings):
             init.normal_(module.weight, mean=0.0, std=module.std)
         elif getattr(module, "adds_to_residual", False):
@@ -121,6 +133,8 @@ class LTMModel(LTMPreTrainedModel):
         self.layers = nn.ModuleList(
             LTMDecoderLayer(config, index, index in config.reading_layers) for index in range(config.num_hidden_layers)
         )
+        if config.num_latents and config.latent_reader == "memory":
+            self.reader = MemoryReader(config)
         self.norm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MistralRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -163,6 +177,7 @@ class LTMModel(LTMPreTrainedModel):
         use_cache: bool | None = None,
         prelude: Prelude | None = None,
         cache: Cache | None = None,
+        before_norm: bool = False,
         **kwargs,
     ) -> LTMModelOutputWithPast:
         """Hidden states (B, S, D) of tokens given latents.
@@ -184,7 +199,9 @@ class LTMModel(LTMPreTrainedModel):
         if not paged:
             self._check_known(kwargs)
         if cache is not None and not paged and not torch.compiler.is_compiling():
-            if latents is None and latent_key_values is None:
+            if before_norm:
+                pass
+            elif latents is None and latent_key_values is None:
                 given = kept_latents(cache)
                 latents, latent_key_values = given.get("latents"), given.get("latent_key_values")
             else:
@@ -215,6 +232,7 @@ class LTMModel(LTMPreTrainedModel):
             if prelude is not None:
                 prelude.inputs = hidden_states, shared
         given = latents if latent_key_values is None else latent_key_values
+        has_memory = hasattr(self, "reader")
         reading = [] if given is None else self.config.reading_layers
         first = min(self.config.reading_layers if prelude is not None else reading, default=0)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer: early exit, a draft
@@ -233,10 +251,13 @@ class LTMModel(LTMPreTrainedModel):
                     **shared,
                     **kwargs,
                 )
+        if has_memory and latents is not None:
+            hidden_states = self.reader(hidden_states, latents)
         if use_cache and given is not None and not torch.compiler.is_compiling():
             keep_latents(cache, **{"latents" if latent_key_values is None else "latent_key_values": given})
         return LTMModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), **{CACHE: cache if use_cache else None}
+            last_hidden_state=hidden_states if before_norm else self.norm(hidden_states),
+            **{CACHE: cache if use_cache else None},
         )
 
     def _check_known(self, kwargs) -> None:
@@ -361,6 +382,9 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         loss_reduction: str | None = None,
         prelude: Prelude | None = None,
         cache: Cache | None = None,
+        latent_state: torch.FloatTensor | None = None,
+        latent_noise: torch.FloatTensor | None = None,
+        latent_writes: torch.BoolTensor | None = None,
         **kwargs,
     ) -> LTMCausalLMOutputWithPast:
         """Logits (B, S, vocabulary) of the next token given latents, and the mean loss in nats a token given labels.
@@ -388,20 +412,30 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         of_loss = {name: value for name, value in of_loss.items() if value is not None}
         if loss_reduction == "none" and "shift_labels" in of_loss:
             raise ValueError("loss_reduction='none' takes labels, and shifts them itself: shift_labels do not fit.")
+        cache = the_cache(cache, past_key_values)
+        memory = kept_latents(cache).get("memory", latent_state)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=the_cache(cache, past_key_values),
+            past_key_values=cache,
             inputs_embeds=inputs_embeds,
             latents=latents,
             latent_key_values=latent_key_values,
             use_cache=use_cache,
             prelude=prelude,
+            before_norm=memory is not None,
             **kwargs,
         )
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
-        if loss_reduction == "none":
+        if memory is not None:
+            hidden_states, loss = self._remember(
+                hidden_states, memory, getattr(outputs, CACHE), input_ids, attention_mask, labels, latent_noise,
+                latent_writes, of_loss.get("num_items_in_batch"), loss_reduction,
+            )  # fmt: skip
+        if loss is not None:
+            pass
+        elif loss_reduction == "none":
             loss = token_losses(self.lm_head, hidden_states[:, :-1], labels[:, 1:], prelude)
         elif loss_reduction == "mean" and plain_loss and all(name == "num_items_in_batch" for name in of_loss):
             loss = mean_loss(self.lm_head, hidden_states[:, :-1], labels[:, 1:], of_loss.get("num_items_in_batch"))
@@ -420,6 +454,49 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             latents=None if latents is None else latents.detach(),
             **{CACHE: getattr(outputs, CACHE)},
         )
+
+    @torch.compiler.disable
+    def _remember(
+        self, hidden_states, memory, cache, input_ids, attention_mask, labels, noise, writes, num_items, loss_reduction
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states (B, S, D) of tokens that read the memory of all before them, and the loss if one is asked for.
+
+        The cache, if there is one, gets the memory after them.
+        """
+        reader, norm = self.model.reader, self.model.norm
+        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
+        known = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
+        if mask is not None:
+            known = known.masked_fill(~(mask & F.pad(mask[:, 1:], (0, 1))), IGNORED)
+        scored = known if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        scored = scored.masked_fill(known == IGNORED, IGNORED)
+        targets = torch.where(scored == IGNORED, known, scored)
+        is_scored = scored != IGNORED
+        scores = None
+        if loss_reduction == "mean":
+            scores = is_scored / (is_scored.sum() if num_items is None else num_items)
+        first_ids = input_ids[:, 0]
+        if mask is not None:
+            first_ids = input_ids.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
+        head_pass = HeadPass(self.lm_head)
+        thought = think(
+            reader, norm, head_pass, hidden_states, targets, memory, mask=mask, noise=noise, scores=scores,
+            writes=None if writes is None else F.pad(writes[:, 1:], (0, 1)).bool(),
+            first_ids=first_ids, keep=cache is not None,
+        )  # fmt: skip
+        if cache is not None:
+            keep_latents(cache, memory=thought.state)
+        learns = torch.is_grad_enabled()
+        residual = relive(reader, hidden_states, thought, noise) if learns else thought.residual
+        states = norm(residual)
+        if loss_reduction == "mean" and learns and head_pass.weight_gradient is not None:
+            loss = (thought.nats * scores).sum()
+            gradient = thought.gradient * scores[..., None]
+            return states, KnownLoss.apply(states, self.lm_head.weight, loss, gradient, head_pass.weight_gradient)
+        if loss_reduction is not None and not learns:
+            nats = thought.nats * is_scored
+            return states, nats[:, :-1] if loss_reduction == "none" else (nats * scores).sum()
+        return states, None
 
 
 __all__ = ["LTMCausalLMOutputWithPast", "LTMForCausalLM", "LTMModel", "LTMModelOutputWithPast", "LTMPreTrainedModel"]
