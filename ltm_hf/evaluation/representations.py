@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..configuration_ltm import InferenceSettings
 from ..data import collate_blocks
-from ..data.corpora import _local_files, file_type
+from ..data.files import file_type, local_files
 from ..posterior_ltm import LatentPosterior, check_sequences, infer_posterior
 from .figures import beyond_noise, evaluating, figure, markdown_rows, shortened, written
 
@@ -259,7 +259,7 @@ def load_labelled_texts(
     Files have no splits: test and training rows are cut from one shuffle of their rows, and `source` says so.
     Raises FileNotFoundError for a missing file, ValueError for a missing column or too few rows.
     """
-    files = _local_files(name_or_files)
+    files = local_files(name_or_files)
     if files is None:
         parts = [load_dataset(name_or_files, config_name, split=split) for split in (train_split, test_split)]
         source = f"{name_or_files}: rows of its {train_split} split to train, of its {test_split} split to test on"

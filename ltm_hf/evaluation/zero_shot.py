@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 
-from ..data.corpora import file_type
+from ..data.files import file_type
 from .figures import markdown_rows
 from .likelihood import Likelihood
 
