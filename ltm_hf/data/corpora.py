@@ -90,17 +90,22 @@ def _presidents(streaming: bool) -> Dataset | IterableDataset:
 def _local(files: list[str], text_column: str | None, streaming: bool) -> Dataset | IterableDataset:
     columns = columns_of(files)
     _check_any(columns)
-    stamps = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]  # `datasets` caches by them
-    arguments = {"files": stamps, "column": _text_column(columns, text_column)}
-    _check_any(_documents(**arguments))
+    column = _text_column(columns, text_column)
+    _check_any(documents_of(files, column))
+    stamps = [(os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]  # `datasets` caches by them
+    arguments = {"files": files, "column": column, "stamps": stamps}
     features = Features({"text": Value("string")})
     if streaming:
-        return IterableDataset.from_generator(_documents, features=features, gen_kwargs=arguments)
-    return generated(_documents, features, arguments)
+        return IterableDataset.from_generator(documents_of, features=features, gen_kwargs=arguments)
+    return generated(documents_of, features, arguments)
 
 
-def _documents(files: list[tuple[str, int, int]], column: str) -> Iterator[dict[str, str]]:
-    for file, *_ in files:
+def documents_of(files: list[str], column: str, stamps: list | None = None) -> Iterator[dict[str, str]]:
+    """The rows of files with any text, as `text`. Raises ValueError for what is wrong in one, by its line or row.
+
+    stamps: when each was changed, for those who keep what they got.
+    """
+    for file in files:
         named = None
         for place, row in read_rows(file, [column]):
             text, named = row.get(column), named or column in row

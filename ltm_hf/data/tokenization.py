@@ -1,6 +1,7 @@
 """Tokenizers with a begin-of-text and an end-of-text token: trained on a corpus, or loaded and completed."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -85,12 +86,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], begin: bool
     begin: with what the tokenizer puts around a text, such as begin-of-text. options: of the tokenizer's call.
     Raises ValueError for a tokenizer that makes a special token of letters.
     """
+    if not texts:
+        return BatchEncoding({"input_ids": []})
     # verbose=False: a document longer than the model's input is no mistake here
     options |= {"add_special_tokens": begin, "split_special_tokens": True, "verbose": False}
     encoded = tokenizer(list(texts), **options)
-    special = {index: token for index, token in special_tokens_of(tokenizer).items() if token != tokenizer.unk_token}
-    for tokens in [] if begin else encoded["input_ids"]:
-        if not special.keys().isdisjoint(tokens):
-            token = next(special[index] for index in tokens if index in special)
-            raise ValueError(f"The tokenizer cannot tell {token!r} in a text from its special token of that name.")
+    if not begin:
+        special = special_tokens_of(tokenizer)
+        special.pop(tokenizer.unk_token_id, None)  # which a text may well have
+        found = special.keys() & set(chain.from_iterable(encoded["input_ids"]))
+        if found:
+            name = special[found.pop()]
+            raise ValueError(f"The tokenizer cannot tell {name!r} in a text from its special token of that name.")
     return encoded
