@@ -40,8 +40,10 @@ def local_files(name_or_files: str | Path | Sequence[str | Path]) -> list[str] |
             files = [path]
         else:
             return None
-    else:
+    elif isinstance(name_or_files, Sequence) and all(isinstance(file, (str, Path)) for file in name_or_files):
         files = [Path(file).expanduser() for file in name_or_files]
+    else:
+        raise ValueError(f"Files are named by strings or paths, not by {name_or_files!r}.")
 
     if not files:
         raise FileNotFoundError(f"No files to read in {name_or_files!r}.")

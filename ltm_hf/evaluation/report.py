@@ -51,9 +51,10 @@ def kept(path: Path, settings: dict, compute: Callable[[], dict] | None = None) 
     """The result in a JSON file if it was made with these settings; else computed, of what JSON knows, and kept.
 
     settings: what the result depends on. NaN and infinity become null. Without `compute`, None where there is nothing.
+    Raises ValueError for a file that is something else.
     """
     settings = _jsonable(settings)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = _read(path) if path.is_file() else {}
     if found.get("settings") != settings:
         if compute is None:
             return None
@@ -61,6 +62,16 @@ def kept(path: Path, settings: dict, compute: Callable[[], dict] | None = None) 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(found, indent=1, allow_nan=False))
     return found["result"]
+
+
+def _read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is cut or altered, delete it: {one_line(error)}") from None
+    if not isinstance(found, dict) or not {"settings", "result"} <= found.keys():
+        raise ValueError(f"{str(path)!r} is no result that was kept with its settings: delete it.")
+    return found
 
 
 def one_line(error: Exception) -> str:
