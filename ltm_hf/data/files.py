@@ -36,7 +36,7 @@ def local_files(name_or_files: str | Path | Sequence[str | Path]) -> list[str] |
             files = [file for file in visible(path, "**/*") if file_type(file)]
         elif not path.exists() and glob.has_magic(str(path)):
             files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-        elif isinstance(name_or_files, Path) or path.exists() or file_type(path) or not _is_hub_name(name_or_files):
+        elif isinstance(name_or_files, Path) or path.exists() or file_type(path) or not is_hub_name(name_or_files):
             files = [path]
         else:
             return None
@@ -74,7 +74,7 @@ def file_type(file: str | Path) -> str | None:
     return FILE_TYPES.get(file.with_suffix("").suffix if file.suffix in COMPRESSED else file.suffix)
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
 
 

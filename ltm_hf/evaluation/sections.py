@@ -1,6 +1,7 @@
 """The sections of a report on one or several models: what is computed, under which settings, and how it is shown.
 
-A setting that cannot work is refused with a ValueError, and nothing is written: a report of before stays as it was.
+A setting that cannot work is refused with a ValueError, and a local file or folder that is not there with a
+FileNotFoundError, before anything is written: a report of before stays as it was.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import document_blocks, prefix_blocks
 from ..data.documents import check_prefix_length
+from ..data.files import is_hub_name, local_files
 from ..data.numbers import check_at_least
 from . import gsm8k as gsm8k_module
 from . import probing, probing_plots, representations, text
@@ -150,6 +152,8 @@ def zero_shot_section(
 ) -> dict[str, Likelihood]:
     """The paper's seven corpora, each kept as it is done. Returns the first model's figures by corpus."""
     check_settings(block_size=shared_block_size(subjects, block_size), num_documents=num_documents, **settings)
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
     found, sources, refused = {}, {}, []
     for name in ZERO_SHOT:
 
@@ -214,6 +218,8 @@ def text_section(report: Report, subject: Subject, texts: Sequence[str], **setti
 def gsm8k_section(report: Report, subjects: Sequence[Subject], data: str, **settings) -> None:
     """GSM8K. settings: of `evaluate_gsm8k`; each model's texts are kept problem by problem."""
     check_settings(**settings)
+    if not Path(data).expanduser().is_dir() and not is_hub_name(data):
+        raise FileNotFoundError(f"There is no folder {data!r}.")
 
     def compute():
         dataset = gsm8k_module.load_gsm8k(data)
@@ -271,6 +277,7 @@ def latents_sections(
 def topic_section(report: Report, subject: Subject, name_or_file: str, **settings) -> None:
     """Whether topics can be read from posterior means. settings: of `topic_probe`."""
     check_settings(**settings)
+    local_files(name_or_file)  # raises where there is none
     if not _check_latents(report, "topic", "Topics", [subject]):
         return
 

@@ -225,6 +225,9 @@ def test_a_setting_that_cannot_be_is_refused_and_the_report_stays(model, tokeniz
         ("gsm8k_section", {"problems": 0}, "problems"),
         ("gsm8k_section", {"shots": -1}, "shots"),
         ("zero_shot_section", {"num_documents": 0}, "num_documents"),
+        ("topic_section", {}, "no file 'nowhere.jsonl'"),
+        ("gsm8k_section", {}, "no folder './nowhere'"),
+        ("zero_shot_section", {}, "no folder '.*/nowhere'"),
     ],
 )
 def test_every_section_refuses_before_anything_is_written(model, tokenizer, tmp_path, section, settings, name):
@@ -235,11 +238,11 @@ def test_every_section_refuses_before_anything_is_written(model, tokenizer, tmp_
         "latents_sections": (subject, TEXTS, *({**blocks, **settings}[key] for key in blocks)),
         "text_section": (subject, TEXTS),
         "topic_section": (subject, "nowhere.jsonl"),
-        "gsm8k_section": ([subject], "nowhere"),
-        "zero_shot_section": ([subject], tmp_path, settings.get("num_documents"), 16),
+        "gsm8k_section": ([subject], "./nowhere"),
+        "zero_shot_section": ([subject], tmp_path / "nowhere", settings.get("num_documents"), 16),
     }[section]
     rest = {key: value for key, value in settings.items() if key not in ("num_blocks", "num_documents")}
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((ValueError, FileNotFoundError), match=name):
         getattr(sections, section)(report, *arguments, **rest)
     assert not list(tmp_path.iterdir())
 

@@ -271,7 +271,7 @@ def test_bad_input_is_named(grid, change, message):
         (b"settings: {a: [\n", "expected the node content"),
         (b"settings: !!python/object/apply:os.getcwd []\n", "could not determine a constructor for the tag"),
         (b"settings: \xff\n", "'utf-8' codec can't decode"),
-        (b"[" * 1500, "recursion"),
+        (b"[" * 500, "recursion"),
     ],
 )
 def test_a_file_that_is_no_study_is_named(tmp_path, content, message):
