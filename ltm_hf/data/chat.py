@@ -8,6 +8,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from .files import file_type, local_files, read_rows
+from .numbers import check_at_least
 from .tokenization import encode, special_tokens_of
 
 # Words and line breaks only, so that it works with any vocabulary. What the assistant says, its end-of-text included,
@@ -64,6 +65,7 @@ def load_conversations(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}.")
+    check_at_least(0, seed=seed)
     files = local_files(name_or_files)
     if files and file_type(files[0]) == "text":
         raise ValueError(f"{files[0]!r} is text without fields; conversations are read from json and parquet files.")

@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.exceptions import DatasetGenerationError
 
 from .files import columns_of, local_files, read_rows
+from .numbers import check_at_least
 
 
 def load_corpus(
@@ -50,6 +51,7 @@ def load_corpus(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}.")
+    check_at_least(0, seed=seed)
     files = local_files(name_or_files) if name_or_files is not None else []
     if files is not None:
         for name, value in {"validation_split": validation_split, "config_name": config_name}.items():

@@ -74,20 +74,7 @@ def prepare(
         raise ValueError("There is no split to prepare.")
     for name, documents in corpus.items():
         _check_split(name, documents, tokenizer, block_size, documents_per_shard)
-    made_from = {
-        "format": FORMAT,
-        "source": source,
-        "block_size": block_size,
-        "dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32",
-        "documents_per_shard": documents_per_shard,
-        "splits": {name: _identity(documents) for name, documents in corpus.items()},
-        "tokenizer": {
-            "name": tokenizer.name_or_path,
-            "vocab_size": len(tokenizer),
-            "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            "sha256": _sha256(_vocabulary(tokenizer).encode()),
-        },
-    }
+    made_from = _origin(corpus, tokenizer, block_size, source, documents_per_shard)
     index = _begin(folder, index, made_from)
     tokenizer.save_pretrained(folder / TOKENIZER)
     index["tokenizer_files"] = {path.name: _sha256_of(path) for path in _files(folder / TOKENIZER)}
@@ -255,6 +242,24 @@ def _make(path: Path, documents: Dataset, tokenizer: PreTrainedTokenizerBase, bl
 
 def _features(dtype: str, block_size: int) -> Features:
     return Features({"input_ids": List(Value(dtype), length=block_size)})
+
+
+def _origin(corpus: DatasetDict, tokenizer, block_size: int, source: str, documents_per_shard: int) -> dict:
+    """What decides the bytes of a folder."""
+    return {
+        "format": FORMAT,
+        "source": source,
+        "block_size": block_size,
+        "dtype": "uint16" if len(tokenizer) <= 2**16 else "uint32",
+        "documents_per_shard": documents_per_shard,
+        "splits": {name: _identity(documents) for name, documents in corpus.items()},
+        "tokenizer": {
+            "name": tokenizer.name_or_path,
+            "vocab_size": len(tokenizer),
+            "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "sha256": _sha256(_vocabulary(tokenizer).encode()),
+        },
+    }
 
 
 def _identity(documents: Dataset) -> dict:

@@ -136,8 +136,7 @@ class HFLTM(HFLM):
         batch_size = self._batch_size_for(requests, override_bs)
         is_rolling = requests[0][0] is None
         if is_rolling and self.rolling == "bound":
-            bounds = [bound for some in chunks(requests, batch_size) for bound in self._bounds(some)]
-            _check_scores(bounds)
+            bounds = _finite([bound for some in chunks(requests, batch_size) for bound in self._bounds(some)])
             return [(bound, False) for bound in bounds]
         stride = self.rolling_stride if is_rolling else self.max_length
 
@@ -175,8 +174,7 @@ class HFLTM(HFLM):
             progress.update(len(contexts))
         progress.close()
 
-        _check_scores(totals)
-        answers = list(zip(totals, greedy, strict=True))
+        answers = list(zip(_finite(totals), greedy, strict=True))
         if not is_rolling:
             for (strings, *_), answer in zip(requests, answers, strict=True):
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
@@ -251,11 +249,12 @@ class HFLTM(HFLM):
             return super()._model_generate(context, max_length, stop, **settings | generation_kwargs)
 
 
-def _check_scores(scores: list[float]) -> None:
-    """The harness would rank what is not finite among the rest."""
+def _finite(scores: list[float]) -> list[float]:
+    """The scores. Raises ValueError for one that is not finite, which the harness would rank among the others."""
     wrong = sum(not math.isfinite(score) for score in scores)
     if wrong:
         raise ValueError(f"{wrong} of {len(scores)} log-likelihoods are not finite: the model's losses overflow.")
+    return scores
 
 
 if __name__ == "__main__":

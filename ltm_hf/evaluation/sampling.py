@@ -131,10 +131,7 @@ def complete_texts(
     keys = range(len(prompts)) if keys is None else keys
     if len(keys) != len(prompts):
         raise ValueError(f"There are {len(prompts)} prompts and {len(keys)} keys.")
-    prompts = [
-        encode(tokenizer, [prompt], begin=True)["input_ids"][0] if isinstance(prompt, str) else list(prompt)
-        for prompt in prompts
-    ]
+    prompts = [_tokens(tokenizer, prompt) for prompt in prompts]
     check_room(model, [len(prompt) for prompt in prompts], max_new_tokens)
 
     def latents_of(prompts, keys):
@@ -161,6 +158,10 @@ def complete_texts(
         progress,
     )
     return [written[start : start + num_samples] for start in range(0, len(written), num_samples)]
+
+
+def _tokens(tokenizer, prompt: str | list[int]) -> list[int]:
+    return encode(tokenizer, [prompt], begin=True)["input_ids"][0] if isinstance(prompt, str) else list(prompt)
 
 
 def check_inference(model, num_inference_steps: int | None) -> None:
