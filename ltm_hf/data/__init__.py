@@ -1,4 +1,4 @@
-"""From texts to token ids: `tokenization` of documents (`corpora`) and conversations (`chat`); blocks of them.
+"""From `files` to token ids: `tokenization` of documents (`corpora`) and conversations (`chat`); blocks of them.
 
 Blocks to train on join documents (`packing`), as they are needed or once and kept on disk (`shards`); blocks to score
 are each of one document (`documents`).
