@@ -22,13 +22,15 @@ from decimal import Decimal
 from pathlib import Path
 
 import torch
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import prompt_inputs
+from ..data.files import file_type, read_rows, visible
+from ..data.numbers import check_at_least
 from .figures import cell, figure, markdown_rows
-from .sampling import MULTINOMIAL, Decoding, complete_texts, context_length
+from .sampling import MULTINOMIAL, Decoding, check_inference, complete_texts, context_length
 
 NEXT_QUESTION = "\nQuestion:"  # where a few-shot answer ends
 
@@ -40,6 +42,8 @@ DESCRIPTIONS = {
     "too_long": "share of the problems that do not fit the context even alone; they count as wrong",
 }
 
+_COLUMNS = ("question", "answer")
+
 # As openai/grade-school-math reads answers, and with a currency sign.
 _ANSWER = re.compile(r"#### *(?P<sign>-?\$?|\$-)(?P<number>[0-9][0-9,]*(\.[0-9]+)?|\.[0-9]+)")
 
@@ -48,16 +52,30 @@ _ANSWER = re.compile(r"#### *(?P<sign>-?\$?|\$-)(?P<number>[0-9][0-9,]*(\.[0-9]+
 
 
 def load_gsm8k(name_or_folder: str | Path = "openai/gsm8k") -> DatasetDict:
-    """The splits `train` and `test` of the Hub's data set, or of a folder with files train.* and test.*.
+    """The splits `train` and `test` of the Hub's data set, or of a folder with json or parquet files train* and test*.
 
-    Raises ValueError if a split or a column is missing.
+    Raises ValueError if a split or a column is missing, and for what is wrong in a file, by its line.
     """
     folder = Path(name_or_folder).expanduser()
-    dataset = load_dataset(str(folder)) if folder.is_dir() else load_dataset(str(name_or_folder), "main")
+    dataset = _local(folder) if folder.is_dir() else load_dataset(str(name_or_folder), "main")
     for split in ("train", "test"):
-        if split not in dataset or not {"question", "answer"} <= set(dataset[split].column_names):
+        if split not in dataset or not set(_COLUMNS) <= set(dataset[split].column_names):
             raise ValueError(f"{str(name_or_folder)!r} has no split {split} with the columns question and answer.")
     return dataset
+
+
+def _local(folder: Path) -> DatasetDict:
+    splits = DatasetDict()
+    for split in ("train", "test"):
+        rows = []
+        for file in visible(folder, f"{split}*"):
+            for place, row in read_rows(str(file)) if file_type(file) in ("json", "parquet") else ():
+                if not all(isinstance(row.get(name), str) for name in _COLUMNS):
+                    raise ValueError(f"{place}: question and answer must be text, there are {', '.join(row)}.")
+                rows.append({name: row[name] for name in _COLUMNS})
+        if rows:
+            splits[split] = Dataset.from_list(rows)
+    return splits
 
 
 def choose_examples(dataset: DatasetDict, shots: int, seed: int = 0) -> list[dict]:
@@ -67,7 +85,7 @@ def choose_examples(dataset: DatasetDict, shots: int, seed: int = 0) -> list[dic
     """
     asked = set(dataset["test"]["question"])
     rows = [row for row, question in enumerate(dataset["train"]["question"]) if question not in asked]
-    if not 0 <= shots <= len(rows):
+    if shots not in range(len(rows) + 1):
         raise ValueError(f"shots must lie between 0 and the {len(rows)} rows of the train split, got {shots}.")
     return [dataset["train"][row] for row in random.Random(seed).sample(rows, shots)]
 
@@ -155,20 +173,23 @@ def evaluate_gsm8k(
         it, with the same result as one that was not stopped, also with more problems than before.
 
     Returns a dict for JSON: `settings`, and `figures`, each {"value", "error", "n"}; see `DESCRIPTIONS`.
-    Raises ValueError, before any computation, for numbers out of range, a tokenizer without a chat template where one
-    is asked for, and a record of other settings, weights or questions.
+    Raises ValueError, before any computation, for numbers out of range, weights that are not finite, an answer to score
+    by that has no number, a tokenizer without a chat template where one is asked for, and a record of other settings,
+    weights or questions.
     """
-    for name, value in {"samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}.")
+    check_at_least(1, samples=samples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_inference(model, num_inference_steps)
     if samples > 1 and not decoding.do_sample:
         raise ValueError(f"Greedy search writes the same text each time: ask for 1 sample, not {samples}.")
     if chat and tokenizer.chat_template is None:
         raise ValueError("The tokenizer has no chat template: evaluate without chat.")
     test = dataset["test"]
     problems = len(test) if problems is None else problems
-    if not 1 <= problems <= len(test):
+    if problems not in range(1, len(test) + 1):
         raise ValueError(f"problems must lie between 1 and the {len(test)} of the test split, got {problems}.")
+    for problem in range(problems):
+        if extract_answer(test[problem]["answer"]) is None:
+            raise ValueError(f"The answer to problem {problem} of the test split has no number after ####.")
     examples = choose_examples(dataset, shots, seed)
     settings = {
         "model": model.config._name_or_path,

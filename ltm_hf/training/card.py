@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_ltm import InferenceSettings
 from ..evaluation import Likelihood, markdown_table
+from ..evaluation.figures import with_error
 from ..flops import count_parameters, paper_training_flops, training_flops
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"  # in a wheel the folder lies inside the package,
@@ -95,9 +96,9 @@ def write_model_card(
         sequence_length=sequence_length,
         cost=_cost(config, training_arguments, sequence_length, num_training_tokens),
         figures=markdown_table(honest) if honest else None,
-        measured={data: (figures, _perplexity(figures)) for data, figures in honest.items()},
+        measured={data: (figures, _in_words(_perplexity(figures))) for data, figures in honest.items()},
         measured_steps=config.num_inference_steps if num_inference_steps is None else num_inference_steps,
-        released=released,
+        released={data: _in_words(perplexity) for data, perplexity in released.items()},
     )
     card.save(Path(folder) / "README.md")
     return card
@@ -146,6 +147,10 @@ def _perplexity(likelihood: Likelihood) -> float | None:
     """A bound with latents, unless they are from the prompt alone; exact for a model that has none."""
     name = next((name for name in ("bound", "from_prompt", "no_latents") if name in likelihood), None)
     return name and likelihood.perplexity(name)
+
+
+def _in_words(perplexity: float | None) -> str | None:
+    return None if perplexity is None else with_error(perplexity, None, 2)
 
 
 def _metrics(likelihood: Likelihood) -> list[tuple[str, float, str]]:

@@ -7,6 +7,7 @@ try:
 except ImportError:
     raise ImportError("ltm_hf.training.sft needs TRL: pip install 'ltm_hf[finetune]'") from None
 
+from ..data.chat import AsText
 from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
 from .trainer import DualRateMixin
@@ -40,7 +41,11 @@ class LTMSFTTrainer(ModelCardMixin, DualRateMixin, SFTTrainer):
     adapter, `peft_config`. What TRL does not score (the prompt, other turns than the assistant's) the bound does not
     score either; `infer_from` says whether the latents are fitted to it.
     With slow_gradient="trajectory", `num_tokens` counts a token once for each forward pass of the slow step.
+    A special token that a text or a message names is spelt by its letters.
     """
+
+    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
+        return super()._prepare_dataset(dataset, AsText(processing_class), *args, **kwargs)
 
 
 __all__ = ["LATENT_MODULES", "LTMSFTConfig", "LTMSFTTrainer"]

@@ -199,6 +199,22 @@ def test_only_the_assistant_is_scored_in_chat(make_trainer):
     assert "eval_from_prompt" in metrics
 
 
+def test_special_tokens_in_what_is_learned_are_text(make_trainer, tokenizer):
+    """In chat, pairs and plain texts: one end, after the answer, and the answer is what is scored."""
+    asked, answer = "<|endoftext|>?", "<|endoftext|> or <|beginoftext|>."
+    chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    for row, options in (
+        ({"messages": chat}, {"assistant_only_loss": True}),
+        ({"prompt": chat[:1], "completion": chat[1:]}, {}),
+        ({"prompt": asked, "completion": answer}, {}),
+        ({"text": answer}, {}),
+    ):
+        (row,) = make_trainer([row], **options).train_dataset
+        assert [i for i in row["input_ids"] if i in (0, 1)] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        scored = [label for label in row["labels"] if label not in (-100, tokenizer.bos_token_id)]
+        assert tokenizer.decode(scored) == answer + "<|endoftext|>"
+
+
 @pytest.mark.parametrize(("infer_from", "bounds"), [("labels", True), ("prompt", False)])
 def test_the_card_calls_only_a_bound_a_bound(make_trainer, tmp_path, infer_from, bounds):
     trainer = make_trainer(infer_from=infer_from)
