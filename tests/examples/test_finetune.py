@@ -91,7 +91,3 @@ def test_fine_tunes_a_backbone(run, tokenizer, tmp_path, options):
     assert writes(folder)
 
 
-def test_missing_file_is_named_before_any_work(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no file 'no-such.jsonl'"):
-        run(files="no-such.jsonl")
-    assert not (tmp_path / "finetuned").exists()
