@@ -34,7 +34,7 @@ def load_causal_lm(
     problems = {
         "lacks the tensor": loading["missing_keys"],
         "has another shape than its configuration says of": [names[0] for names in loading["mismatched_keys"]],
-        "is not finite in": (key for key, tensor in model.state_dict().items() if _is_broken(tensor)),
+        "is not finite in": (key for key, tensor in model.named_parameters() if _is_broken(tensor.data)),
     }
     for problem, names in problems.items():
         if (first := min(names, default=None)) is not None:
@@ -64,4 +64,5 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def _is_broken(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
+    plain = type(tensor) is torch.Tensor and not tensor.is_meta  # neither quantised nor offloaded
+    return plain and tensor.is_floating_point() and not tensor.isfinite().all()

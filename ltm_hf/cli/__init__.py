@@ -68,22 +68,22 @@ class Parser(ArgumentParser):
     def error(self, message):
         raise ValueError(message)
 
+    def parse_args(self, args=None, namespace=None):
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            known = [option for action in self._actions for option in action.option_strings]
+            raise ValueError(f"There is no option {rest[0]!r}{nearest(rest[0].split('=')[0], known)}")
+        return options
 
-class DataclassParser(HfArgumentParser):
-    """As transformers', of dataclasses, with errors as `Parser`'s."""
 
-    def error(self, message):
-        raise ValueError(message)
+class DataclassParser(Parser, HfArgumentParser):
+    """As transformers', of dataclasses."""
 
 
-def given(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> set[str]:
-    """The names of the options that the command line has, whatever their value. Raises ValueError for unknown ones."""
+def given(parser: Parser, arguments: Sequence[str] | None = None) -> set[str]:
+    """The names of the options that the command line has, whatever their value."""
     missing = object()
-    options = Namespace(**{action.dest: missing for action in parser._actions})
-    options, rest = parser.parse_known_args(arguments, options)
-    if rest:
-        known = [option for action in parser._actions for option in action.option_strings]
-        raise ValueError(f"There is no option {rest[0]!r}{nearest(rest[0].split('=')[0], known)}")
+    options = parser.parse_args(arguments, Namespace(**{action.dest: missing for action in parser._actions}))
     return {name for name, value in vars(options).items() if value is not missing}
 
 
