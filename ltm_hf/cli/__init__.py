@@ -99,7 +99,7 @@ def refuse_idle(given: set[str], *rules: tuple[object, str, Iterable[str]]) -> N
     rules: whether one holds; when that is, as in "without --streaming"; the options that then do nothing.
     """
     for holds, when, names in rules:
-        for name in names:
+        for name in sorted(names):
             if holds and name in given:
                 raise ValueError(f"--{name} does nothing {when}: leave it out.")
 
@@ -146,6 +146,7 @@ count = _number(int, lambda value: value >= 0, "an integer of 0 or more")
 block = _number(int, lambda value: value >= 2, "an integer of 2 or more")  # begin-of-text and a token
 vocabulary = _number(int, lambda value: value >= 258, "an integer of 258 or more")  # 256 bytes, two special tokens
 seed = _number(int, lambda value: 0 <= value < 2**32, "an integer of 0 or more, below 2**32")
+port = _number(int, lambda value: 0 <= value < 2**16, "a port, 0 to 65535")
 positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
@@ -175,6 +176,21 @@ def folder(text: str | Path) -> Path:
         raise ArgumentTypeError(f"{str(there)!r} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ArgumentTypeError(f"nothing can be written in {str(there)!r}")
+    return path
+
+
+def file(text: str) -> Path:
+    """A file that can be written, in a folder that is there or can be made."""
+    if Path(text).is_dir():
+        raise ArgumentTypeError(f"{text!r} is a folder")
+    return folder(Path(text).parent) / Path(text).name
+
+
+def new_folder(text: str) -> Path:
+    """A folder with nothing in it, or one that can be made."""
+    path = folder(text)
+    if path.is_dir() and any(path.iterdir()):
+        raise ArgumentTypeError(f"{text!r} is not empty")
     return path
 
 

@@ -22,12 +22,13 @@ try:
     from fastapi.responses import JSONResponse, StreamingResponse
     from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt, ValidationError, create_model
     from starlette.exceptions import HTTPException
+    from uvicorn.config import LOGGING_CONFIG
 except ModuleNotFoundError as error:
     raise ImportError(f'The server needs {error.name}: pip install "transformers[serving]"') from None
 
 from ..configuration_ltm import InferenceSettings
 from ..loading import load_causal_lm
-from . import DEVICE, Parser, count, device, positive_int
+from . import DEVICE, Parser, device, port, positive_int
 from .answers import Answer, Words, event
 
 LIMITS = {  # of options --max_…: the default, and what it is of
@@ -284,8 +285,10 @@ class Server(uvicorn.Server):
         if model.config.model_type != "ltm":
             raise ValueError(f"{options.model!r} is a {model.config.model_type!r} model, not an LTM.")
         self.served = Served(model, tokenizer, options)
+        handlers = LOGGING_CONFIG["handlers"].items()
+        log = LOGGING_CONFIG | {"handlers": {name: about | {"stream": "ext://sys.stderr"} for name, about in handlers}}
         # A step that takes longer than these seconds is left to itself.
-        super().__init__(uvicorn.Config(build_app(self.served), timeout_graceful_shutdown=3))
+        super().__init__(uvicorn.Config(build_app(self.served), timeout_graceful_shutdown=3, log_config=log))
 
     def handle_exit(self, *signal):
         self.served.closing.set()
@@ -300,7 +303,7 @@ def parser(**about) -> Parser:
     made = Parser(**about)
     made.add_argument("model", help="folder of a checkpoint, or its name on the Hub")
     made.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1: this machine only")
-    made.add_argument("--port", type=count, default=8000, help="default 8000")
+    made.add_argument("--port", type=port, default=8000, help="default 8000")
     made.add_argument("--allowed_hosts", nargs="+", default=[], help="names that it is called by from elsewhere")
     made.add_argument("--device", type=device, default=DEVICE)
     made.add_argument("--trust_remote_code", action="store_true", help="run the Python in the model's folder")

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import document_blocks, prefix_blocks
+from ..loading import load_causal_lm
 from . import gsm8k as gsm8k_module
 from . import probing, probing_plots, representations, text
 from .likelihood import Likelihood, chosen, evaluate_documents, markdown_table
 from .report import Report, fingerprint, likelihood_from_json, likelihood_to_json, one_line
+from .sampling import context_length
 from .thinking import plot_thinking, thinking_curve, thinking_table, write_thinking_csv
 from .zero_shot import ZERO_SHOT, load_zero_shot, plot_zero_shot, zero_shot_table
 
@@ -25,10 +26,9 @@ class Subject:
     tokenizer: object
 
     @classmethod
-    def load(cls, name: str, device: str | torch.device = "cpu") -> "Subject":
-        """Any causal LM. Raises OSError or ValueError as transformers does where there is none."""
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    def load(cls, name: str, device: str | torch.device = "cpu", trust_remote_code: bool = False) -> "Subject":
+        """Any causal LM. trust_remote_code, errors: as of `load_causal_lm`."""
+        model, tokenizer = load_causal_lm(name, device, trust_remote_code)
         return cls(Path(name).resolve().name if Path(name).is_dir() else name, model, tokenizer)
 
     @property
@@ -42,7 +42,7 @@ class Subject:
 
 def shared_block_size(subjects: Sequence[Subject], block_size: int | None = None) -> int:
     """The longest block, of 1,024 tokens at most, that all models take. Raises ValueError for a longer one."""
-    longest = min(subject.model.config.max_position_embeddings for subject in subjects)
+    longest = min((length for subject in subjects if (length := context_length(subject.model))), default=1024)
     if block_size is not None and block_size > longest:
         raise ValueError(f"block_size is {block_size}, but a model takes no more than {longest} tokens.")
     return block_size or min(1024, longest)

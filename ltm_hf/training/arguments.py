@@ -8,7 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..flops import TrainingFlops, training_flops
-from .numbers import check_numbers, check_trackers
+from .numbers import check_numbers
 from .sharding import GATHER_DURING_INFERENCE
 
 SLOW_GRADIENTS = ("final", "trajectory", "unrolled", "online")
@@ -108,6 +108,7 @@ class DualRateArguments:
     )
 
     def __post_init__(self):
+        check_numbers(self)
         named = {
             "slow_gradient": SLOW_GRADIENTS,
             "infer_from": INFER_FROM,
@@ -131,9 +132,7 @@ class DualRateArguments:
                 raise ValueError(f"{name} must be positive and finite, got {rate}.")
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must be 0: a smoothed loss is no likelihood, and bounds nothing.")
-        check_numbers(self)
         super().__post_init__()
-        check_trackers(self)
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # transformers' old and new
             if (getattr(self, name, None) or {}).get("use_reentrant"):
                 raise ValueError(f"{name}: use_reentrant must be False; reentrant checkpoints cannot give ∂NLL/∂z.")

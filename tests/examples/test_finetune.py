@@ -89,5 +89,3 @@ def test_fine_tunes_a_backbone(run, tokenizer, tmp_path, options):
     printed, folder = run("--backbone", tmp_path / "llama", "--num_latents", 4, *options)
     assert "eval_loss" in figures(printed)
     assert writes(folder)
-
-
