@@ -160,7 +160,7 @@ def main():
     if options.lora:
         trainer.model.print_trainable_parameters()
     before = trainer.evaluate()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint)
     after = trainer.evaluate()
     trainer.save_model()
     if not trainer.is_world_process_zero():

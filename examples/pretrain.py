@@ -156,7 +156,7 @@ def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
     if args.slow_gradient in ("unrolled", "online"):  # learns to predict what follows; its latents bound nothing well
         figures = ("reinfer-32", *(name for name in DEFAULT if name not in ("bound", "nll", "kl", "released")))
     before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size, figures=figures)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint)
     after = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size, figures=figures)
     return trainer, before, after
 
