@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig
 
 from ltm_hf import cli
 from ltm_hf.data import load_corpus
@@ -36,8 +35,8 @@ from ltm_hf.evaluation.sections import (
     topic_section,
     zero_shot_section,
 )
-from ltm_hf.evaluation.zero_shot import ZERO_SHOT
-from ltm_hf.loading import load_own_tokenizer
+from ltm_hf.evaluation.zero_shot import ZERO_SHOT, load_zero_shot
+from ltm_hf.loading import load_causal_lm
 from ltm_hf.training import add_to_model_index
 
 OF_DOCUMENTS = ("likelihood", "thinking", "text", "latents")
@@ -127,19 +126,33 @@ def load_subjects(options):
 
 def check_sources(options):
     """Raise OSError or ValueError for what further sections need and is not there."""
-    if options.zero_shot not in (None, "hub"):
+    if options.zero_shot == "hub":
+        _reach_one_corpus()
+    elif options.zero_shot:
         patterns = [pattern for corpus in ZERO_SHOT.values() for pattern in corpus.local]
         if not any(any(Path(options.zero_shot).glob(pattern)) for pattern in patterns):
             raise OSError(f"--zero_shot: {options.zero_shot!r} is no folder with {', '.join(patterns)}; or say hub.")
-    if options.gsm8k not in (None, "hub"):
-        if not Path(options.gsm8k).is_dir():
+    if options.gsm8k:
+        if options.gsm8k == "hub":
+            options.gsm8k = "openai/gsm8k"
+        elif not Path(options.gsm8k).is_dir():
             raise OSError(f"--gsm8k: there is no folder {options.gsm8k!r}; or say hub.")
         load_gsm8k(options.gsm8k)
     if options.topics:
         load_labelled_texts(options.topics, seed=options.seed)
     if options.judge:
-        load_own_tokenizer(options.judge)
-        AutoConfig.from_pretrained(options.judge, trust_remote_code=False)
+        load_causal_lm(options.judge)  # which the texts come before
+
+
+def _reach_one_corpus():
+    """Of the zero-shot ones on the Hub, where some may have gone. Raises the first's error where none can be had."""
+    errors = []
+    for name in ZERO_SHOT:
+        try:
+            return load_zero_shot(name, num_documents=1)
+        except (OSError, ValueError) as error:
+            errors.append(error)
+    raise errors[0]
 
 
 def check_lengths(options, block_size, longest):
@@ -205,9 +218,8 @@ def write(report, options, subjects, texts, source, block_size):
     if "topics" in only:
         topic_section(report, model, options.topics, **thinks)
     if "gsm8k" in only:
-        data = "openai/gsm8k" if options.gsm8k == "hub" else options.gsm8k
         asked = {"shots": options.shots, "samples": options.samples, "problems": options.problems}
-        gsm8k_section(report, subjects, data, **asked, **thinks)
+        gsm8k_section(report, subjects, options.gsm8k, **asked, **thinks)
     return figures
 
 

@@ -98,6 +98,7 @@ def parse():
         *cli.idle_in_corpora(data),
         *cli.idle_in_training(args),
     )
+    cli.at_least(2, max_length=args.max_length)
     if not data.files and not data.dataset_name:
         data.dataset_name, data.dataset_config_name = "openai/gsm8k", "main"
     return options, data, args, named

@@ -11,14 +11,14 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
 
 try:
-    from ltm_hf.cli import Parser, count, one_sentence, positive, positive_int, seed, share
+    from ltm_hf.cli import Parser, count, one_sentence, positive_int, seed, share, temperature
     from ltm_hf.loading import load_causal_lm
 except ModuleNotFoundError:
     from argparse import ArgumentParser as Parser
     from contextlib import contextmanager
 
     count = positive_int = seed = int
-    positive = share = float
+    temperature = share = float
 
     @contextmanager
     def one_sentence():
@@ -43,7 +43,7 @@ def parser_for(description):
     parser.add_argument("--max_new_tokens", type=positive_int, help="default: 100, or what the model has room for")
     parser.add_argument("--num_inference_steps", type=count, help="how long to think; default: the model's own")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
-    parser.add_argument("--temperature", type=positive, help="of sampling; default 1.0")
+    parser.add_argument("--temperature", type=temperature, help="of sampling; default 1.0")
     parser.add_argument("--top_p", type=share, help="of sampling; default 0.9")
     parser.add_argument("--seed", type=seed, help="default 0")
     parser.add_argument(

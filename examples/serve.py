@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from ltm_hf import cli
 
 with cli.one_sentence():  # where one is not installed
-    from openai import OpenAI
+    from openai import OpenAI, OpenAIError, omit
 
     from ltm_hf.cli import serve
 
@@ -33,7 +33,7 @@ def running(server):
         thread.join()
 
 
-def ask(client, model, message, *, chat=True, stream=True, max_tokens=100, **generation):
+def ask(client, model, message, *, chat=True, stream=True, max_tokens=omit, **generation):
     """Yield the pieces of the answer, one if not `stream`. `generation`: what GenerationConfig holds for LTMs.
 
     `chat` needs a chat template; without, the message is text to continue.
@@ -52,7 +52,7 @@ def ask(client, model, message, *, chat=True, stream=True, max_tokens=100, **gen
 def parse():
     parser = serve.parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--message", help="serve on a free port, ask this, print the answer and stop")
-    parser.add_argument("--max_tokens", type=cli.positive_int, default=100, help="of the answer; default 100")
+    parser.add_argument("--max_tokens", type=cli.positive_int, default=omit, help="of the answer")
     parser.add_argument("--num_inference_steps", type=cli.count, help="how long to think about the message")
     parser.add_argument("--do_sample", action="store_true", help="instead of the likeliest token each time")
     named, options = cli.given(parser), parser.parse_args()
@@ -75,8 +75,11 @@ def main():
     request = {name: getattr(options, name) for name in ("max_tokens", "num_inference_steps", "do_sample")}
     chat = server.served.tokenizer.chat_template is not None
     with running(server) as client:
-        for piece in ask(client, options.model, options.message, chat=chat, **request):
-            print(piece, end="", flush=True)
+        try:
+            for piece in ask(client, options.model, options.message, chat=chat, **request):
+                print(piece, end="", flush=True)
+        except OpenAIError as error:
+            raise ValueError(str(error)) from None
         print()
 
 

@@ -45,7 +45,9 @@ def load_causal_lm(
 
 def load_own_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. Raises OSError or ValueError where there is no such model, or none that can be read."""
-    if not name or not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):  # nor can it be one of the Hub
+    if (
+        not name or not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)
+    ):  # nor can it be one of the Hub
         raise OSError(f"There is no folder {name!r}.")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)

@@ -1,6 +1,5 @@
 """Configurations by name: the paper's three models as published, latents as a memory, and small ones for a CPU."""
 
-from dataclasses import fields
 from difflib import get_close_matches
 
 from .configuration_ltm import LTMConfig
@@ -63,7 +62,7 @@ def preset_config(name: str, **overrides) -> LTMConfig:
     """The configuration of a preset, with fields overridden. Raises ValueError for an unknown name or field."""
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
-    known = [*(field.name for field in fields(LTMConfig)), "rope_theta"]  # which goes into rope_parameters
+    known = [*LTMConfig.__annotations__, "rope_theta"]  # which goes into rope_parameters
     for field in overrides:  # which transformers would keep as attributes that nothing reads
         if field not in known:
             near = get_close_matches(field, known, n=1)

@@ -70,6 +70,8 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         options, rest = self.parse_known_args(args, namespace)
+        if rest and not rest[0].startswith("-"):
+            raise ValueError(f"There is no place for {rest[0]!r} in this command.")
         if rest:
             known = [option for action in self._actions for option in action.option_strings]
             raise ValueError(f"There is no option {rest[0]!r}{nearest(rest[0].split('=')[0], known)}")
@@ -81,10 +83,16 @@ class DataclassParser(Parser, HfArgumentParser):
 
 
 def given(parser: Parser, arguments: Sequence[str] | None = None) -> set[str]:
-    """The names of the options that the command line has, whatever their value."""
+    """The names of the options that the command line has. Raises ValueError for an empty one, which would say nothing,
+    unless an empty text can be meant (`prompt`) or the library knows it (`resume_from_checkpoint`).
+    """
     missing = object()
     options = parser.parse_args(arguments, Namespace(**{action.dest: missing for action in parser._actions}))
-    return {name for name, value in vars(options).items() if value is not missing}
+    found = {name: value for name, value in vars(options).items() if value is not missing}
+    for name, value in found.items():
+        if value in ("", [""]) and name not in ("prompt", "resume_from_checkpoint"):
+            raise ValueError(f"--{name} is empty: leave it out.")
+    return set(found)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -141,13 +149,16 @@ def _number(kind: type, fits: Callable, words: str) -> Callable[[str], int | flo
     return convert
 
 
-positive_int = _number(int, lambda value: value >= 1, "an integer of 1 or more")
-count = _number(int, lambda value: value >= 0, "an integer of 0 or more")
-block = _number(int, lambda value: value >= 2, "an integer of 2 or more")  # begin-of-text and a token
-vocabulary = _number(int, lambda value: value >= 258, "an integer of 258 or more")  # 256 bytes, two special tokens
-seed = _number(int, lambda value: 0 <= value < 2**32, "an integer of 0 or more, below 2**32")
-port = _number(int, lambda value: 0 <= value < 2**16, "a port, 0 to 65535")
+def _integer(least: int, bits: int = 31) -> Callable[[str], int]:
+    return _number(int, lambda value: least <= value < 2**bits, f"an integer of {least} or more, below 2**{bits}")
+
+
+positive_int, count = _integer(1), _integer(0)
+block = _integer(2)  # begin-of-text and a token
+vocabulary = _integer(258)  # 256 bytes and two special tokens
+seed, port = _integer(0, bits=32), _integer(0, bits=16)
 positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+temperature = _number(float, lambda value: 1e-3 <= value <= 1e3, "a number from 0.001 to 1000")  # else no longer finite
 share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 
@@ -155,8 +166,8 @@ fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1
 def at_least(least: int, **values: int | None) -> None:
     """The same for fields of a dataclass, where argparse has no type: None, or an integer of `least` or more."""
     for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"--{name} must be {least} or more, got {value}.")
+        if value is not None and not least <= value < 2**31:
+            raise ValueError(f"--{name} must be {least} or more, below 2**31, got {value}.")
 
 
 def device(text: str) -> str:

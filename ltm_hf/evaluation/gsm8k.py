@@ -331,7 +331,7 @@ def _parse(arguments):
     add("--problems", type=cli.positive_int, help="so many, from the first of the test split; default all")
     add("--chat", action="store_true", help="ask by the chat template, as examples/finetune.py trains")
     add("--greedy", action="store_true", help="the likeliest token each time, one text a problem")
-    add("--temperature", type=cli.positive, default=1.0)
+    add("--temperature", type=cli.temperature, default=1.0)
     add("--top_p", type=cli.share)
     add("--max_new_tokens", type=cli.positive_int, default=256)
     add("--num_inference_steps", type=cli.count, help="how long an LTM thinks; default its own")
