@@ -20,7 +20,7 @@ try:
     import uvicorn
     from fastapi import Depends, FastAPI, Request
     from fastapi.responses import JSONResponse, StreamingResponse
-    from pydantic import BaseModel, ConfigDict, Field, Json, PositiveInt, ValidationError, create_model
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, PositiveInt, ValidationError, create_model
     from starlette.exceptions import HTTPException
     from uvicorn.config import LOGGING_CONFIG
 except ModuleNotFoundError as error:
@@ -51,6 +51,9 @@ _Temperature = Annotated[float | None, Field(ge=0, le=10)]
 _Share = Annotated[float | None, Field(gt=0, le=1)]
 _Zero = Annotated[float | None, Field(ge=0, le=0)]
 _Words = Annotated[str, Field(min_length=1)]
+_Stops = Annotated[
+    list[_Words] | None, Field(max_length=16), BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)
+]
 _THINKING = {field.name: (field.type | None, None) for field in fields(InferenceSettings)} | {
     "inference_seed": (int | None, None),
     "sample_latents": (bool | None, None),
@@ -79,7 +82,7 @@ class _Asked(Body):
     temperature: _Temperature = None
     top_p: _Share = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
-    stop: _Words | list[_Words] | None = None
+    stop: _Stops = None
     generation_config: Json[_Settings] | None = None
     # What clients send along and what is so anyway.
     n: Literal[1] | None = None
@@ -90,14 +93,15 @@ class _Asked(Body):
 
     def settings(self) -> dict:
         """generate()'s, and `seed` and `stop`, as far as they are asked for."""
-        asked = self.model_dump(exclude_none=True, include={"temperature", "top_p", "seed"})
+        asked = self.model_dump(exclude_none=True, include={"temperature", "top_p", "seed", "stop"})
         if self.generation_config:
             asked = self.generation_config.model_dump(exclude_none=True, exclude={"transformers_version"}) | asked
-        if most := self.max_tokens or getattr(self, "max_completion_tokens", None):
-            asked["max_new_tokens"] = most
-        if self.stop:
-            asked["stop"] = [self.stop] if isinstance(self.stop, str) else self.stop
-        if asked.get("temperature") == 0:  # OpenAI's word for greedy search
+        lengths = {self.max_tokens, getattr(self, "max_completion_tokens", None)} - {None}  # an old and a new name
+        if len(lengths) > 1:
+            raise ValueError("max_tokens and max_completion_tokens must be the same.")
+        if lengths:
+            asked["max_new_tokens"] = lengths.pop()
+        if asked.get("temperature", 1) < 1e-3:  # OpenAI's word for greedy search is 0; logits would no longer be finite
             asked |= {"temperature": 1.0, "do_sample": False}
         elif asked.keys() & {"temperature", "top_k", "top_p"}:
             asked.setdefault("do_sample", True)
@@ -225,7 +229,7 @@ async def _watch(request: Request, answer: Answer) -> None:
 
 
 def build_app(served: Served) -> FastAPI:
-    def is_ours(request: Request) -> None:
+    async def is_ours(request: Request) -> None:
         served.check_origin(request)
 
     app = FastAPI(openapi_url=None, dependencies=[Depends(is_ours)])

@@ -124,6 +124,8 @@ def test_sampling_by_a_seed(client, chat_folder):
     request = dict(model=str(chat_folder), prompt=MESSAGE, max_tokens=12, temperature=1.5)
     texts = [client.completions.create(**request, seed=seed).choices[0].text for seed in (3, 3, 4)]
     assert texts[0] == texts[1] != texts[2]
+    greedy = [client.completions.create(**request | {"temperature": t}).choices[0].text for t in (0, 1e-30)]
+    assert greedy[0] == greedy[1] not in texts
 
 
 TEXT = {"prompt": "a", "max_tokens": 3}
@@ -136,6 +138,7 @@ BAD = {
     "temperature not finite": (b'{"prompt": "a", "temperature": NaN}', 400, "temperature: "),
     "an unknown field": (TEXT | {"foo": 1}, 400, "foo: "),
     "an empty stop string": (TEXT | {"stop": [""]}, 400, "stop."),
+    "too many stop strings": (TEXT | {"stop": ["x"] * 17}, 400, "stop: "),
     "no JSON": (b"{garbage", 400, "Invalid JSON"),
     "another model": (TEXT | {"model": "gpt2"}, 404, "There is no model 'gpt2' here"),
     "settings that are no JSON": (TEXT | {"generation_config": "{"}, 400, "generation_config: Invalid JSON"),
