@@ -12,7 +12,6 @@ from . import gsm8k as gsm8k_module
 from . import probing, probing_plots, representations, text
 from .likelihood import Likelihood, chosen, evaluate_documents, markdown_table
 from .report import Report, fingerprint, likelihood_from_json, likelihood_to_json, one_line
-from .sampling import context_length
 from .thinking import plot_thinking, thinking_curve, thinking_table, write_thinking_csv
 from .zero_shot import ZERO_SHOT, load_zero_shot, plot_zero_shot, zero_shot_table
 
@@ -42,7 +41,7 @@ class Subject:
 
 def shared_block_size(subjects: Sequence[Subject], block_size: int | None = None) -> int:
     """The longest block, of 1,024 tokens at most, that all models take. Raises ValueError for a longer one."""
-    longest = min((length for subject in subjects if (length := context_length(subject.model))), default=1024)
+    longest = min(subject.model.config.max_position_embeddings for subject in subjects)
     if block_size is not None and block_size > longest:
         raise ValueError(f"block_size is {block_size}, but a model takes no more than {longest} tokens.")
     return block_size or min(1024, longest)
