@@ -109,10 +109,10 @@ def parse():
             for names, sections in USED_BY.items()
         ),
     )
-    return options
+    return options, named
 
 
-def load_subjects(options):
+def load_subjects(options, named):
     """The models, each under a name of its own. Raises OSError or ValueError."""
     subjects = [Subject.load(name, options.device, options.trust_remote_code) for name in options.model]
     names = [subject.name for subject in subjects]
@@ -121,6 +121,8 @@ def load_subjects(options):
         subjects = [dataclasses.replace(subject, name=name) for subject, name in zip(subjects, names, strict=True)]
     if len(set(names)) < len(names):
         raise ValueError("--model names one model twice.")
+    think = any(subject.has_latents for subject in subjects)
+    cli.refuse_idle(named, (not think, "with models without latents", ("num_inference_steps", "num_particles")))
     return subjects
 
 
@@ -167,8 +169,8 @@ def check_lengths(options, block_size, longest):
 
 @cli.one_sentence()
 def main():
-    options = parse()
-    subjects = load_subjects(options)
+    options, named = parse()
+    subjects = load_subjects(options, named)
     block_size = shared_block_size(subjects, options.block_size)
     options.max_new_tokens = check_lengths(options, block_size, context_length(subjects[0].model))
     texts, source = [], None

@@ -141,6 +141,7 @@ def main():
     set_seed(args.seed)  # a new decoder's weights are the same on every process
     model = load_model(options, folder)
     check_vocabulary(model, tokenizer)
+    cli.refuse_idle(named, *cli.idle_without_latents(model.config))
     if model.config.inference_optimizer == "map" and "infer_from" not in named:  # whose variance says nothing
         args.infer_from = "prompt"
     longest = model.config.max_position_embeddings

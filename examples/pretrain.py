@@ -197,6 +197,7 @@ def parse():
     if "num_train_epochs" in named and "max_steps" not in named:
         parser.set_defaults(max_steps=-1)  # the recipe's would win
     model, data, args = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    overrides = config_overrides(model, data)
     of_corpora = ("dataset_name", "files", "dataset_config_name", "text_column", "streaming")
     cli.refuse_idle(
         named,
@@ -205,10 +206,11 @@ def parse():
         (not data.streaming, "without --streaming", ("shuffle_buffer", "stream_shards")),
         (data.train_tokenizer, "with --train_tokenizer", ("tokenizer",)),
         *cli.idle_in_training(args),
+        *cli.idle_without_latents(preset_config(preset, **overrides)),
     )
     if data.streaming and args.max_steps < 0:
         raise ValueError("--streaming needs --max_steps: a stream does not say where it ends.")
-    return model, data, args, config_overrides(model, data)
+    return model, data, args, overrides
 
 
 def config_overrides(model, data):

@@ -17,7 +17,7 @@ TINY = json.dumps(
 
 
 @pytest.fixture(scope="session")
-def places(chat_folder, tmp_path_factory):
+def places(chat_folder, make_model, tmp_path_factory):
     """What the command lines name."""
     root = tmp_path_factory.mktemp("places")
     broken = {name: shutil.copytree(chat_folder, root / name) for name in ("nan", "cut", "lacking", "other", "tongue")}
@@ -32,6 +32,9 @@ def places(chat_folder, tmp_path_factory):
     tokenizer = json.loads((chat_folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"]["another"] = 5000
     (broken["tongue"] / "tokenizer.json").write_text(json.dumps(tokenizer))
+    plain = make_model(vocab_size=len(tokenizer["model"]["vocab"]), max_position_embeddings=128, num_latents=0)
+    shutil.copytree(chat_folder, root / "plain", ignore=shutil.ignore_patterns("*.safetensors"))
+    plain.save_pretrained(root / "plain")
     (root / "docs.jsonl").write_text("".join(json.dumps({"text": f"document {i} " * 20}) + "\n" for i in range(40)))
     rows = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(8)]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -105,6 +108,10 @@ CASES = {
     PRETRAIN + " --max_steps 3 --num_train_epochs 2": "--num_train_epochs does nothing with --max_steps",
     PRETRAIN + " --streaming --num_train_epochs 2": "--streaming needs --max_steps",
     PRETRAIN + """ --train_tokenizer 300 --config_overrides '{{"vocab_size": 400}}'""": "vocab_size is the tokenizer's",
+    PRETRAIN + """ --config_overrides '{{"num_latents": 0}}' --num_inference_steps 3""": "with a model without latents",
+    EVALUATE + " --model {plain} --num_particles 2": "--num_particles does nothing with models without latents",
+    FINETUNE + " --model {plain} --inference_start_ratio 0.5": "with a model without latents",
+    "generate {plain} --prompt hello --num_inference_steps 3": "with a model without latents",
     "pretrain --prepared {mine} --tokenizer gpt2": "--tokenizer does nothing with --prepared",
     "prepare_data out --dataset_config_name main": "--dataset_config_name does nothing without --dataset_name",
     FINETUNE + " --lora_rank 4": "--lora_rank does nothing without --lora",
