@@ -114,7 +114,7 @@ def test_trains_on_prepared_data(run, tmp_path):
     arguments += ["--eval_blocks", 2, "--output_dir", tmp_path / "out", "--config_overrides"]
     result = run(*arguments, SMALL % 32)
     assert "Validation, 2 blocks" in result.stdout and (tmp_path / "out/model.safetensors").is_file()
-    refused = run(*arguments, SMALL % 16, check=False)
+    refused = run(*arguments, SMALL % 16, "--output_dir", tmp_path / "other", check=False)
     assert refused.returncode == 2 and "have 32 tokens and the model takes 16" in refused.stderr
 
 
