@@ -164,7 +164,6 @@ positive_int, count = _integer(1), _integer(0)
 block = _integer(2)  # begin-of-text and a token
 vocabulary = _integer(258)  # 256 bytes and two special tokens
 seed, port = _integer(0, bits=32), _integer(0, bits=16)
-positive = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 temperature = _number(float, lambda value: 1e-3 <= value <= 1e3, "a number from 0.001 to 1000")  # else no longer finite
 share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 fraction = _number(float, lambda value: 0 < value < 1, "a number between 0 and 1")

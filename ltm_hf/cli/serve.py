@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
     raise ImportError(f'The server needs {error.name}: pip install "transformers[serving]"') from None
 
 from ..configuration_ltm import InferenceSettings
+from ..data import prompt_inputs
 from ..loading import load_causal_lm
 from . import DEVICE, Parser, device, port, positive_int
 from .answers import Answer, Words, event
@@ -112,7 +113,7 @@ class Completion(_Asked):
     prompt: _Words
 
     def encode(self, tokenizer):
-        return tokenizer(self.prompt, return_tensors="pt", verbose=False)
+        return prompt_inputs({"prompt": self.prompt}, tokenizer)
 
 
 class _Message(_Strict):
@@ -127,10 +128,8 @@ class Chat(_Asked):
     def encode(self, tokenizer):
         if tokenizer.chat_template is None:
             raise ValueError("This model has no chat template: ask it by /v1/completions.")
-        messages = [message.model_dump() for message in self.messages]
-        options = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt")
         try:
-            return tokenizer.apply_chat_template(messages, **options)
+            return prompt_inputs({"prompt": [message.model_dump() for message in self.messages]}, tokenizer)
         except TemplateError as error:
             raise ValueError(f"The model's chat template says: {error}") from None
 
@@ -150,9 +149,9 @@ class Served:
         """Refuse what a page of the Web makes a browser send: a foreign Host (DNS rebinding) or Origin."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         with suppress(ValueError):
-            name, listens_at = urlsplit(f"//{host}").hostname or "", self.options.host
-            if name not in {"localhost", "127.0.0.1", "::1", listens_at, *self.options.allowed_hosts}:
-                if listens_at not in ("0.0.0.0", "::"):
+            name, own = urlsplit(f"//{host}").hostname or "", [self.options.host, *self.options.allowed_hosts]
+            if name not in {"localhost", "127.0.0.1", "::1", *map(str.lower, own)}:
+                if self.options.host not in ("0.0.0.0", "::"):
                     raise ValueError
                 ipaddress.ip_address(name)  # it listens at all addresses, and has no other name
             if origin is None or urlsplit(origin).netloc == host:

@@ -81,7 +81,7 @@ def test_what_does_nothing_is_refused():
         ("vocabulary", "258", ["257"]),
         ("seed", "4294967295", ["-1", "4294967296"]),
         ("port", "65535", ["65536"]),
-        ("positive", "1e-9", ["0", "nan", "inf", "-1"]),
+        ("temperature", "0.001", ["0", "1e-4", "nan", "inf", "-1", "1e4"]),
         ("share", "1", ["0", "1.1", "nan"]),
         ("fraction", "0.5", ["0", "1", "nan"]),
         ("device", "cpu", ["abacus", "meta", "cuda:99", ""]),

@@ -198,6 +198,15 @@ def test_answers_under_its_own_name_alone(served, headers, status):
     assert send(served[0], "/v1/completions", TEXT, headers)[0] == status
 
 
+@pytest.mark.parametrize(
+    ("name", "status"), [("[::1]", 200), ("10.0.0.1", 200), ("my.host", 200), ("evil.example", 403)]
+)
+def test_behind_a_proxy(serving, name, status):
+    """Where it listens everywhere it goes by any address; by a name, which a stranger can point here, only by a known one."""
+    with serving("--host", "0.0.0.0", "--allowed_hosts", "My.Host") as (server, _):
+        assert send(server, "/health", headers={"Host": name})[0] == status
+
+
 def test_loads_nothing(served, chat_folder, tmp_path):
     """`transformers chat` asks for its model to be loaded, and is told that it is."""
     status, answer = send(served[0], "/load_model", {"model": str(chat_folder)})
