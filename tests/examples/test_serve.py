@@ -198,13 +198,11 @@ def test_answers_under_its_own_name_alone(served, headers, status):
     assert send(served[0], "/v1/completions", TEXT, headers)[0] == status
 
 
-@pytest.mark.parametrize(
-    ("name", "status"), [("[::1]", 200), ("10.0.0.1", 200), ("my.host", 200), ("evil.example", 403)]
-)
-def test_behind_a_proxy(serving, name, status):
-    """Where it listens everywhere it goes by any address; by a name, which a stranger can point here, only by a known one."""
+def test_listens_everywhere(serving):
+    """By any address; by a name, which a stranger can point here, where it is known."""
     with serving("--host", "0.0.0.0", "--allowed_hosts", "My.Host") as (server, _):
-        assert send(server, "/health", headers={"Host": name})[0] == status
+        for host, status in {"[::1]": 200, "10.0.0.1": 200, "my.host": 200, "evil.example": 403}.items():
+            assert send(server, "/health", headers={"Host": host})[0] == status
 
 
 def test_loads_nothing(served, chat_folder, tmp_path):
