@@ -9,7 +9,6 @@ Examples come from the train split (the released script takes them from the test
 the prompt, examples included.
 """
 
-import argparse
 import json
 import math
 import os
@@ -21,14 +20,14 @@ from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 
-import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .. import cli
 from ..data import prompt_inputs
 from ..data.files import file_type, read_rows, visible
 from ..data.numbers import check_at_least
+from ..loading import load_causal_lm
 from .figures import cell, figure, markdown_rows
 from .sampling import MULTINOMIAL, Decoding, check_inference, complete_texts, context_length
 
@@ -313,50 +312,58 @@ def gsm8k_table(results: dict[str, dict]) -> str:
 # ------------------------------------------------------------------ on the command line
 
 
+@cli.one_sentence()
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Few-shot or zero-shot GSM8K of any causal LM.")
-    parser.add_argument("model", help="folder of a checkpoint, or its name on the Hub")
-    parser.add_argument("--data", default="openai/gsm8k", help="folder with train and test files, or a Hub name")
-    parser.add_argument("--shots", type=int, default=5, help="examples of the train split in the prompt; default 5")
-    parser.add_argument("--samples", type=int, default=5, help="texts for each problem; default 5")
-    parser.add_argument("--problems", type=int, help="so many, from the first of the test split; default all")
-    parser.add_argument("--chat", action="store_true", help="ask by the chat template, as examples/finetune.py trains")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, one text a problem")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--num_inference_steps", type=int, help="how long an LTM thinks; default its own")
-    parser.add_argument("--batch_size", type=int, default=32, help="texts written together; default 32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("gsm8k.json"), help="figures; texts go to the same .jsonl")
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     record = options.output.with_suffix(".jsonl")
     if record == options.output:
-        parser.error("--output is for the figures: the .jsonl of that name holds the texts.")
-    try:
-        decoding = Decoding(not options.greedy, options.temperature, top_p=options.top_p)
-        dataset = load_gsm8k(options.data)
-        model = AutoModelForCausalLM.from_pretrained(options.model).to(options.device)
-        result = evaluate_gsm8k(
-            model,
-            AutoTokenizer.from_pretrained(options.model),
-            dataset,
-            shots=options.shots,
-            samples=1 if options.greedy else options.samples,
-            problems=options.problems,
-            decoding=decoding,
-            chat=options.chat,
-            max_new_tokens=options.max_new_tokens,
-            num_inference_steps=options.num_inference_steps,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            record=record,
-        )
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+        raise ValueError("--output is for the figures: the .jsonl of that name holds the texts.")
+    decoding = Decoding(not options.greedy, options.temperature, top_p=options.top_p)
+    dataset = load_gsm8k(options.data)
+    model, tokenizer = load_causal_lm(options.model, options.device, options.trust_remote_code)
+    if options.num_inference_steps is not None and not getattr(model.config, "num_latents", 0):
+        raise ValueError("--num_inference_steps does nothing with a model without latents: leave it out.")
+    result = evaluate_gsm8k(
+        model,
+        tokenizer,
+        dataset,
+        shots=options.shots,
+        samples=1 if options.greedy else options.samples,
+        problems=options.problems,
+        decoding=decoding,
+        chat=options.chat,
+        max_new_tokens=options.max_new_tokens,
+        num_inference_steps=options.num_inference_steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        record=record,
+    )
     options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(gsm8k_table({options.model: result}))
+
+
+def _parse(arguments):
+    parser = cli.Parser(description="Few-shot or zero-shot GSM8K of any causal LM.")
+    add = parser.add_argument
+    add("model", help="folder of a checkpoint, or its name on the Hub")
+    add("--data", default="openai/gsm8k", help="folder with train and test files, or a Hub name")
+    add("--shots", type=cli.count, default=5, help="examples of the train split in the prompt; default 5")
+    add("--samples", type=cli.positive_int, default=5, help="texts for each problem; default 5")
+    add("--problems", type=cli.positive_int, help="so many, from the first of the test split; default all")
+    add("--chat", action="store_true", help="ask by the chat template, as examples/finetune.py trains")
+    add("--greedy", action="store_true", help="the likeliest token each time, one text a problem")
+    add("--temperature", type=cli.temperature, default=1.0)
+    add("--top_p", type=cli.share)
+    add("--max_new_tokens", type=cli.positive_int, default=256)
+    add("--num_inference_steps", type=cli.count, help="how long an LTM thinks; default its own")
+    add("--batch_size", type=cli.positive_int, default=32, help="texts written together; default 32")
+    add("--device", type=cli.device, default=cli.DEVICE)
+    add("--trust_remote_code", action="store_true", help="run the Python that comes with the model if need be")
+    add("--seed", type=cli.seed, default=0)
+    add("--output", type=cli.file, default=Path("gsm8k.json"), help="figures; texts go to the same .jsonl")
+    named, options = cli.given(parser, arguments), parser.parse_args(arguments)
+    cli.refuse_idle(named, (options.greedy, "with --greedy", ("samples", "temperature", "top_p")))
+    return options
 
 
 if __name__ == "__main__":

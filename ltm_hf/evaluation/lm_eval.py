@@ -7,14 +7,20 @@ is the harness's own command line (source: lm_eval 0.4.13). `--model hf` would s
 
 import math
 from collections import defaultdict
+from contextlib import nullcontext
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-try:
-    from lm_eval.api.registry import register_model
-except ModuleNotFoundError:
-    raise ImportError('ltm_hf.evaluation.lm_eval needs the lm-evaluation-harness: pip install "ltm_hf[eval]"') from None
+from .. import cli
+
+with cli.one_sentence() if __name__ == "__main__" else nullcontext():
+    try:
+        from lm_eval.api.registry import register_model
+    except ModuleNotFoundError:
+        raise ImportError(
+            'ltm_hf.evaluation.lm_eval needs the lm-evaluation-harness: pip install "ltm_hf[eval]"'
+        ) from None
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -258,4 +264,5 @@ def _finite(scores: list[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    with cli.one_sentence():
+        cli_evaluate()

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import document_blocks, prefix_blocks
 from ..data.documents import check_prefix_length
 from ..data.files import is_hub_name, local_files
 from ..data.numbers import check_at_least
+from ..loading import load_causal_lm
 from . import gsm8k as gsm8k_module
 from . import probing, probing_plots, representations, text
 from .likelihood import Likelihood, chosen, evaluate_documents, fitting_block_size, markdown_table
@@ -33,10 +33,9 @@ class Subject:
     tokenizer: object
 
     @classmethod
-    def load(cls, name: str, device: str | torch.device = "cpu") -> "Subject":
-        """Any causal LM. Raises OSError or ValueError as transformers does where there is none."""
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    def load(cls, name: str, device: str | torch.device = "cpu", trust_remote_code: bool = False) -> "Subject":
+        """Any causal LM. trust_remote_code, errors: as of `load_causal_lm`."""
+        model, tokenizer = load_causal_lm(name, device, trust_remote_code)
         return cls(Path(name).resolve().name if Path(name).is_dir() else name, model, tokenizer)
 
     @property

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..flops import TrainingFlops, training_flops
+from .numbers import check_numbers
 from .sharding import GATHER_DURING_INFERENCE
 
 SLOW_GRADIENTS = ("final", "trajectory", "unrolled", "online")
@@ -107,6 +108,7 @@ class DualRateArguments:
     )
 
     def __post_init__(self):
+        check_numbers(self)
         named = {
             "slow_gradient": SLOW_GRADIENTS,
             "infer_from": INFER_FROM,
