@@ -6,7 +6,7 @@ import secrets
 import shutil
 import signal
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from .folder import (
     latest_whole_checkpoint,
     locked,
     missing,
+    opens,
     publish,
     resume_choice,
     rotate,
@@ -209,7 +210,8 @@ class CheckpointMixin:
         folder = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staged, final = folder / self._staging / name, folder / name
-        with self._writing(staged, final):
+        self._saving = True
+        try:
             super()._save_checkpoint(model, trial)
             self._complete(staged, final)
             self.accelerator.wait_for_everyone()
@@ -217,6 +219,13 @@ class CheckpointMixin:
                 if in_turn and staged.is_dir():
                     publish(staged, final)
                 self.accelerator.wait_for_everyone()
+        except BaseException as error:
+            full = _is_full(folder)
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            _tell(error, f"{final} could not be written, and nothing of it is left", f"; {self._way_back()}", full)
+            raise
+        finally:
+            self._saving = False
         self._last_checkpoint = str(final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
@@ -236,26 +245,18 @@ class CheckpointMixin:
         if reason := missing(staged, state=not self.args.save_only_model):
             raise OSError(f"{final.name} is not whole ({reason}).")
 
-    @contextmanager
-    def _writing(self, staged: Path, final: Path):
-        """A save that fails leaves nothing behind, and says so where the disk is to blame."""
-        self._saving = True
+    def _save(self, output_dir=None, state_dict=None):
         try:
-            yield
+            super()._save(output_dir, state_dict)
         except BaseException as error:
-            folder = staged.parents[1]
-            full = folder.is_dir() and shutil.disk_usage(folder).free < FULL
-            shutil.rmtree(staged.parent, ignore_errors=True)
-            if isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(
-                error
-            ):  # torch's, of the disk
-                cause = "the disk is full" if full else str(error).partition("\n")[0]
-                raise OSError(
-                    f"{final} could not be written, and nothing of it is left: {cause}; {self._way_back()}"
-                ) from error
+            if not self._saving:  # a checkpoint is cleared as a whole
+                folder = Path(output_dir or self.args.output_dir)
+                full = _is_full(folder)
+                for file in folder.glob("*.safetensors"):
+                    if not opens(file):
+                        file.unlink()
+                _tell(error, f"The model could not be written to {folder}", ".", full)
             raise
-        finally:
-            self._saving = False
 
     def _way_back(self) -> str:
         if self._last_checkpoint is None:
@@ -275,6 +276,17 @@ class CheckpointMixin:
         if self.accelerator.num_processes == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
+
+
+def _is_full(folder: Path) -> bool:
+    return folder.is_dir() and shutil.disk_usage(folder).free < FULL
+
+
+def _tell(error: BaseException, what: str, end: str, full: bool) -> None:
+    """Raise an OSError in one sentence if it is the disk that failed; torch says so in words of its own."""
+    if isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error):
+        cause = "the disk is full" if full else str(error).partition("\n")[0]
+        raise OSError(f"{what}: {cause}{end}") from error
 
 
 class _RunCallback(TrainerCallback):

@@ -102,7 +102,7 @@ def _check_predicting(trainer, least: int) -> None:
 def check_columns(dataset, read: tuple[str, ...] = READ) -> None:
     """Raise a ValueError for a column that would be dropped, although it changes what a row means."""
     names = getattr(dataset, "column_names", None)
-    if names is None and hasattr(dataset, "__getitem__") and len(dataset) and isinstance(dataset[0], Mapping):
+    if names is None and hasattr(dataset, "__len__") and len(dataset) and isinstance(dataset[0], Mapping):
         names = dataset[0].keys()
     for name in names or ():
         if SAYS_MORE.fullmatch(name) and name not in read:

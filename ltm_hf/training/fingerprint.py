@@ -32,13 +32,14 @@ def fingerprint(trainer) -> dict:
 
     Free to change: steps and epochs, learning rates, their schedule and weight decay (from the next step on), batch
     size and accumulation, number and kind of processes, precision, the number and size of inference steps, and
-    whatever concerns evaluation, logging and saving.
+    whatever concerns evaluation, logging and saving. Only where the learning rate is the state of its schedule, which a
+    checkpoint brings (reduce_lr_on_plateau, greedy, DeepSpeed), must it be the same.
     """
     args, model = trainer.args, trainer.model
     found = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in ARGUMENTS}
     if found["data_seed"] is None:
         found["data_seed"] = args.seed
-    if args.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy"):  # whose state the learning rate is
+    if trainer.is_deepspeed_enabled or args.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy"):
         found["learning_rate"] = args.learning_rate
     found["configuration"] = _essential(model.config.to_dict())
     for name, adapter in getattr(model, "peft_config", {}).items():

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from .fingerprint import FINGERPRINT
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -68,7 +70,8 @@ def flaw(checkpoint: str | Path) -> str | None:
             except ValueError:
                 return f"its {Path(name).name} is cut off or garbled"
         if not listed:
-            return missing(checkpoint) or _cut(checkpoint)
+            ours = (checkpoint / FINGERPRINT).is_file()
+            return f"it has no {FILES}" if ours else missing(checkpoint) or _cut(checkpoint)
         return _altered(checkpoint) or (missing(checkpoint) and MODEL_ALONE)
     except OSError as error:
         return f"it cannot be read: {error}"
@@ -98,17 +101,19 @@ def _altered(checkpoint: Path) -> str | None:
 
 
 def _cut(checkpoint: Path) -> str | None:
-    for file in sorted(checkpoint.rglob("*")):
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt"):
-                    continue
-            except SafetensorError:
-                pass
-        elif file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file):  # as torch.save writes them
-            continue
-        return f"its {file.relative_to(checkpoint)} is cut off"
-    return None
+    files = (file for file in sorted(checkpoint.rglob("*")) if not opens(file))
+    return next((f"its {file.relative_to(checkpoint)} is cut off" for file in files), None)
+
+
+def opens(file: Path) -> bool:
+    """Whether a file of tensors is there to its end."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt"):
+                return True
+        except SafetensorError:
+            return False
+    return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)  # as torch.save writes them
 
 
 def _entries(checkpoint: Path, names) -> dict[str, list]:

@@ -106,9 +106,16 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
         if self.args.eval_strategy != "no":
             data |= self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         for name, rows in data.items():
-            collate = self._get_collator_with_removed_columns(self.data_collator, name)
-            check_scored(rows, name, lambda row: self._num_scored(collate([row])).sum().item())  # noqa: B023
+            check_scored(rows, name, self._looked_at)
         return super().train(*args, **kwargs)
+
+    def _looked_at(self, row: dict) -> int:
+        """The scored tokens of a row of a data set."""
+        batch = self._get_collator_with_removed_columns(self.data_collator)([row])
+        length, longest = batch["input_ids"].shape[1], self.model.config.max_position_embeddings
+        if length > longest:
+            raise ValueError(f"A row has {length} tokens, and the model takes {longest} (max_position_embeddings).")
+        return self._num_scored(batch).sum().item()
 
     def _judge_step(self):
         super()._judge_step()

@@ -75,12 +75,13 @@ def test_killed_ten_times_and_the_same(whole, start_run, tmp_path, streaming):
 @pytest.mark.distributed
 def test_sigterm_saves_and_leaves(whole, start_run, tmp_path):
     """It goes on to the end of the step, saves although no checkpoint was due, and takes itself for no finished run."""
-    expected, _ = whole(streaming=False)
+    expected, a_step = whole(streaming=False)
     arguments = {"max_steps": STEPS, "save_steps": 20, "save_total_limit": 1}
     process = start_run(tmp_path, **arguments)
     while steps_saved(tmp_path) < 20:
         assert process.is_alive()
         time.sleep(0.001)
+    time.sleep(a_step)  # the save of step 20 is over by then
     process.terminate()
     process.join(60)
     assert process.exitcode == TERMINATED
@@ -171,6 +172,7 @@ TEARS = {
     "cut weights": lambda folder: cut(folder / "model.safetensors"),
     "cut optimizer": lambda folder: cut(folder / "optimizer.pt"),
     "no optimizer": lambda folder: (folder / "optimizer.pt").unlink(),
+    "no checksums": lambda folder: (folder / "files.json").unlink(missing_ok=True),
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "cut configuration": lambda folder: cut(folder / "config.json"),
     "garbled configuration": lambda folder: garble(folder / "config.json"),
@@ -178,7 +180,7 @@ TEARS = {
     "garbled optimizer": lambda folder: garble(folder / "optimizer.pt"),
     "garbled trainer_state.json": lambda folder: garble(folder / "trainer_state.json"),
 }
-UNSEEN = {"garbled configuration", "garbled weights", "garbled optimizer", "garbled trainer_state.json"}
+UNSEEN = {"no checksums", "garbled configuration", "garbled weights", "garbled optimizer", "garbled trainer_state.json"}
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +199,7 @@ def test_a_torn_checkpoint_is_skipped(tmp_path, make_model, two_checkpoints, tea
     if not listed:
         for folder in tmp_path.glob("checkpoint-*"):
             (folder / "files.json").unlink()
+            (folder / "fingerprint.json").unlink()
     TEARS[tear](tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match="Cannot resume from .*checkpoint-2: it"):
         make_trainer(tmp_path, make_model).train(str(tmp_path / "checkpoint-2"))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from ltm_hf.data import train_tokenizer
@@ -324,6 +325,21 @@ def test_a_full_disk_is_told_and_what_is_torn_is_cleared(make_trainer, tmp_path,
     with pytest.raises(OSError, match=f"checkpoint-2 could not be written, .*{cause}; the last good .*checkpoint-1"):
         trainer.train()
     assert names(tmp_path / "run") == ["checkpoint-1"] and flaw(tmp_path / "run" / "checkpoint-1") is None
+
+
+def test_a_full_disk_leaves_no_torn_model(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer()
+    write = trainer.model.save_pretrained
+
+    def fail(where, **kwargs):
+        write(where, **kwargs)
+        os.truncate(os.path.join(where, "model.safetensors"), 1000)
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(trainer.model, "save_pretrained", fail)
+    with pytest.raises(OSError, match="The model could not be written to .*run: Error .* No space left on device"):
+        trainer.save_model()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("method", ["_save_optimizer_and_scheduler", "save_model", "_save_rng_state"])
