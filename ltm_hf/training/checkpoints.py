@@ -114,7 +114,7 @@ class CheckpointMixin:
         if resumed is not None and Path(resumed).resolve().parent == folder.resolve():
             step = json.loads(Path(resumed, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
             for later in checkpoints(folder):
-                if int(later.name.rsplit("-", 1)[1]) > step:
+                if int(later.name.rsplit("-", 1)[1]) >= step and not later.samefile(resumed):
                     logger.warning(f"{later} is of steps that are taken anew: renamed to {set_aside(later, 'old')}.")
         elif self.args.overwrite_output_dir:
             for checkpoint in checkpoints(folder):
@@ -191,10 +191,8 @@ class CheckpointMixin:
         super().log(logs, start_time)
 
     def _finalize_training(self, *args, **kwargs):
-        limit, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None,
-        )  # Trainer would delete the last for the best
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # Trainer would delete the last checkpoint, for the best to be the only one
         try:
             return super()._finalize_training(*args, **kwargs)
         finally:

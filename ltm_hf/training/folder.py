@@ -156,7 +156,7 @@ def publish(staged: Path, final: Path) -> None:
     (staged / FILES).write_text(json.dumps(entries, indent=2), encoding="utf-8")
     for path in [*staged.rglob("*"), staged]:
         _sync(path)
-    if final.exists():  # of a run that was resumed from before
+    if final.is_dir():  # of a run that was resumed from before
         final.rename(staged.parent / f"replaced-{final.name}")
     staged.rename(final)
     _sync(final.parent)

@@ -182,6 +182,7 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
             with context, nullcontext() if number == len(thoughts) else accumulating(self.accelerator, model):
                 loss += super().training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
         self._beside = None
+        _without_noise(decoder)
         for parameter in unread:  # it has learned nothing: neither does it decay
             parameter.grad = None
         inputs.pop("prelude", None)
@@ -419,7 +420,6 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
     def _gain(self) -> float:
         """Nats a token that the last batch's latents save, on all processes, under the weights as they are now."""
         decoder = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=True)
-        _without_noise(decoder)
         sequences = self._sequences(self._last_batch)
         with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager(), frozen(decoder):
             latents = self._last_batch["latents"]

@@ -77,6 +77,8 @@ def test_rotation_goes_by_step_and_by_our_names(tmp_path):
     others = ["checkpoint-1-backup", "checkpoint-mine", "checkpoint-007", "old-checkpoint-3"]
     for name in [*others, *(f"checkpoint-{step}" for step in (2, 9, 10, 11))]:
         (tmp_path / name).mkdir()
+    others.append("checkpoint-1")
+    (tmp_path / "checkpoint-1").touch()  # a file
     ahead = time.time() + 3600
     os.utime(tmp_path / "checkpoint-2", (ahead, ahead))
     rotate(tmp_path, 3, {"checkpoint-9"}, tmp_path / "bin")
