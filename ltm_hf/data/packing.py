@@ -136,14 +136,43 @@ def _tokens(documents: Dataset | IterableDataset, tokenizer: PreTrainedTokenizer
 def collate_blocks(blocks: list[dict]) -> dict[str, torch.Tensor]:
     """Rows to a batch: `input_ids` and `labels`, (rows, tokens) each. Labels are the input where a row has none.
 
-    Rows of different lengths are padded on the right: label -100, and 0 in an `attention_mask` that equal ones lack.
+    Padding that a row's `attention_mask` marks at its ends is taken off. Rows of different lengths are then padded on
+    the right: label -100, and 0 in an `attention_mask` that equal ones lack. Other columns are left out.
+    Raises ValueError for a row without tokens, one whose columns differ in length, and other masks.
     """
-    input_ids = [torch.tensor(block["input_ids"]) for block in blocks]
-    labels = [torch.tensor(block.get("labels", block["input_ids"])) for block in blocks]
+    rows = [_unpadded(block) for block in blocks]
     batch = {
-        "input_ids": pad_sequence(input_ids, batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        "input_ids": pad_sequence([ids for ids, _ in rows], batch_first=True),
+        "labels": pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=IGNORED),
     }
-    if len({len(ids) for ids in input_ids}) > 1:
-        batch["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in input_ids], batch_first=True)
+    if len({len(ids) for ids, _ in rows}) > 1:
+        batch["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True)
     return batch
+
+
+def _unpadded(row: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row's `input_ids` and `labels`, without padding."""
+    ids = torch.as_tensor(row["input_ids"])
+    labels = ids if row.get("labels") is None else torch.as_tensor(row["labels"])
+    mask = row.get("attention_mask")
+    if len(ids) != len(labels) or (mask is not None and len(mask) != len(ids)):
+        raise ValueError(
+            f"A row has {len(ids)} input_ids, {len(labels)} labels and an attention_mask of "
+            f"{len(ids if mask is None else mask)}: give it as many of each."
+        )
+    if mask is not None:
+        real = real_tokens(mask)
+        ids, labels = ids[real], labels[real]
+    if not len(ids):
+        raise ValueError("A row of the batch has no tokens: leave rows without tokens out of the data.")
+    return ids, labels
+
+
+def real_tokens(attention_mask) -> slice:
+    """Of a row, between the padding at its ends. Raises ValueError for padding elsewhere, and for other numbers."""
+    mask = torch.as_tensor(attention_mask)
+    real = mask.nonzero().flatten().tolist()
+    span = slice(real[0], real[-1] + 1) if real else slice(0)
+    if not (mask[span] == 1).all():
+        raise ValueError("A row's attention_mask must be 1 for its tokens and 0 for padding, at its ends alone.")
+    return span

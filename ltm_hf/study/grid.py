@@ -243,6 +243,7 @@ _TRAINING = {
     "warmup_steps": 100,
     "logging_steps": 100,
     "save_strategy": "no",
+    "overwrite_output_dir": True,  # of a cell that was not finished
     "report_to": "none",
     "dataloader_pin_memory": False,
 }
