@@ -1,15 +1,15 @@
-"""Talk with a Latent Thought Model in the terminal, from a folder or the Hub, with or without the package ltm_hf.
+"""Talk with a Latent Thought Model in the terminal, from a folder or the Hub.
 
 python examples/chat.py outputs/ltm-tiny --num_inference_steps 16
 
 It thinks about the whole conversation before each answer. /think N sets for how many steps, /reset forgets the
-conversation, /quit leaves.
+conversation, /quit leaves. Options, and what it does without the package ltm_hf, are those of generate.py beside it.
 """
 
-import argparse
 import sys
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from generate import load, one_sentence, parser_for
+from transformers import TextStreamer, set_seed
 
 # For a tokenizer without a chat template: a line for each turn.
 PLAIN = (
@@ -47,29 +47,22 @@ def encode(tokenizer, history, room):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Talk with a Latent Thought Model.")
-    parser.add_argument("model", help="folder of a checkpoint, or its name on the Hub")
-    parser.add_argument("--max_new_tokens", type=int, default=100, help="longest answer")
-    parser.add_argument("--num_inference_steps", type=int, help="how long to think before each answer")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=0.9)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-
-    tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True).eval()
-    settings = dict(max_new_tokens=options.max_new_tokens, do_sample=not options.greedy)
-    settings |= dict(num_inference_steps=options.num_inference_steps, pad_token_id=tokenizer.pad_token_id)
-    if not options.greedy:
-        settings |= dict(temperature=options.temperature, top_p=options.top_p)
+    options = parser_for("Talk with a Latent Thought Model.").parse_args()
+    if options.greedy and options.seed is not None:
+        raise ValueError("--seed does nothing with --greedy: leave it out.")
+    model, tokenizer, settings = load(options)
+    most = model.config.max_position_embeddings
+    longest = min(100, most // 2) if options.max_new_tokens is None else options.max_new_tokens
+    room = most - longest
+    if room < 2:
+        raise ValueError(f"The model takes {most} tokens: --max_new_tokens {longest} leaves no room for a message.")
+    settings |= dict(max_new_tokens=longest, num_inference_steps=options.num_inference_steps)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN
         settings |= dict(stop_strings=["\n"], tokenizer=tokenizer)
         note('(The tokenizer has no chat template: the dialogue is continued as lines of "User:" and "Assistant:".)')
-    room = model.config.max_position_embeddings - options.max_new_tokens
     streamer = AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    set_seed(options.seed)
+    set_seed(options.seed or 0)
 
     history = []
     while True:
@@ -83,6 +76,8 @@ def main():
         elif command == "/reset":
             history.clear()
             note("(The conversation is forgotten.)")
+        elif command == "/think" and not model.config.num_latents:
+            note("(This model has no latents to think with.)")
         elif command == "/think" and value.strip().isdecimal():
             settings["num_inference_steps"] = int(value)
         elif line.startswith("/"):
@@ -92,7 +87,7 @@ def main():
             fitting = encode(tokenizer, history, room)
             if fitting is None:
                 history.pop()
-                note(f"(That is too long: the model reads {max(room, 0)} tokens beside an answer.)")
+                note(f"(That is too long: the model reads {room} tokens beside an answer.)")
                 continue
             forgotten, inputs = fitting
             if forgotten:
@@ -106,4 +101,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence():
+        main()

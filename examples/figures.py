@@ -3,10 +3,11 @@
 python examples/figures.py docs/architecture.png
 """
 
-import sys
+from ltm_hf import cli
 
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+with cli.one_sentence():  # where it is not installed
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
 INK, GREY, PAPER = "#222831", "#6b7280", "#ffffff"
 FAST, FAST_LIGHT = "#d9730d", "#fdebd8"  # the latents, fitted to each text
@@ -111,7 +112,13 @@ def latents(page):
         page.text(65.5, y, "⋮", color=FAST, size=14)
 
 
-def main(path):
+@cli.one_sentence()
+def main():
+    parser = cli.Parser(description="Draw the architecture.")
+    parser.add_argument("path", type=cli.file, help="the picture, a .png")
+    path = parser.parse_args().path
+    if path.suffix != ".png":
+        raise ValueError(f"The picture must be a .png, got {str(path)!r}.")
     page = Drawing()
     for part in (prompt, inference, learning, decoder, latents):
         part(page)
@@ -119,4 +126,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

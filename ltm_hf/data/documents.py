@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .numbers import check_at_least
+from .tokenization import encode
+
 
 def document_blocks(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
     """Each document in blocks one after the other: every token of it stands in one block, after begin-of-text.
@@ -47,10 +50,7 @@ def prefix_blocks(
     prefix gives no row. Raises ValueError as `document_blocks` does, and for a prefix that leaves a block no token.
     """
     _check(tokenizer, block_size)
-    if prefix_length is not None and not 1 <= prefix_length < block_size:
-        raise ValueError(
-            f"prefix_length must be at least 1 and below the block size {block_size}, not {prefix_length}."
-        )
+    check_prefix_length(prefix_length, block_size)
     prefix, rows = prefix_length or block_size // 2, []
     for number, text in enumerate(texts):
         tokens, sizes = _tokens_and_bytes(number, text, tokenizer)
@@ -63,9 +63,16 @@ def prefix_blocks(
     return Dataset.from_list(rows)
 
 
+def check_prefix_length(prefix_length: int | None, block_size: int) -> None:
+    """Raise a ValueError for a prefix that leaves a block no token."""
+    if prefix_length is not None:
+        check_at_least(1, prefix_length=prefix_length)
+        if prefix_length >= block_size:
+            raise ValueError(f"prefix_length must be below the block size {block_size}, not {prefix_length}.")
+
+
 def _check(tokenizer, block_size) -> None:
-    if block_size < 2:
-        raise ValueError(f"block_size must be at least 2 (begin-of-text and a token), not {block_size}.")
+    check_at_least(2, block_size=block_size)
     if _begin(tokenizer) is None:
         raise ValueError("The tokenizer has neither a begin-of-text nor an end-of-text token to begin blocks with.")
     if not tokenizer.is_fast:
@@ -77,13 +84,14 @@ def _begin(tokenizer) -> int | None:
 
 
 def _tokens_and_bytes(number: int, text: str, tokenizer) -> tuple[list[int], list[int]]:
-    if not text or text.isspace():
+    if not isinstance(text, str) or not text or text.isspace():
         raise ValueError(f"Document {number} has no text.")
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = encode(tokenizer, [text], return_offsets_mapping=True)
+    tokens, offsets = encoded["input_ids"][0], encoded["offset_mapping"][0]
     # A token's bytes reach from where it starts to where the next one does; of a character's parts the last has them.
-    starts = [0, *(start for start, _ in encoded["offset_mapping"][1:]), len(text)]
+    starts = [0, *(start for start, _ in offsets[1:]), len(text)]
     pairs = zip(starts, starts[1:], strict=False)
-    return encoded["input_ids"], [len(text[start:end].encode()) for start, end in pairs]
+    return tokens, [len(text[start:end].encode()) for start, end in pairs]
 
 
 def _row(tokenizer, tokens, sizes, part: slice, number: int) -> dict:

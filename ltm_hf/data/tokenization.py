@@ -1,10 +1,13 @@
 """Tokenizers with a begin-of-text and an end-of-text token: trained on a corpus, or loaded and completed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .numbers import check_at_least
 
 BEGIN_OF_TEXT = "<|beginoftext|>"
 END_OF_TEXT = "<|endoftext|>"
@@ -29,8 +32,7 @@ def train_tokenizer(
     """
     special_tokens = [END_OF_TEXT, BEGIN_OF_TEXT]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size < len(special_tokens) + len(alphabet):
-        raise ValueError(f"vocab_size must be at least 258 (256 bytes and 2 special tokens), not {vocab_size}.")
+    check_at_least(len(special_tokens) + len(alphabet), vocab_size=vocab_size)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -70,3 +72,30 @@ def load_tokenizer(name_or_folder: str | Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """By their ids, the tokens that stand for something else than their letters, such as end-of-text."""
+    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], begin: bool = False, **options) -> BatchEncoding:
+    """`tokenizer(texts)`, each text nothing but text: a special token that it names is spelt by its letters.
+
+    begin: with what the tokenizer puts around a text, such as begin-of-text. options: of the tokenizer's call.
+    Raises ValueError for a tokenizer that makes a special token of letters.
+    """
+    if not texts:
+        return BatchEncoding({"input_ids": []})
+    # verbose=False: a document longer than the model's input is no mistake here
+    options |= {"add_special_tokens": begin, "split_special_tokens": True, "verbose": False}
+    encoded = tokenizer(list(texts), **options)
+    if not begin:
+        special = special_tokens_of(tokenizer)
+        special.pop(tokenizer.unk_token_id, None)  # which a text may well have
+        found = special.keys() & set(chain.from_iterable(encoded["input_ids"]))
+        if found:
+            name = special[found.pop()]
+            raise ValueError(f"The tokenizer cannot tell {name!r} in a text from its special token of that name.")
+    return encoded

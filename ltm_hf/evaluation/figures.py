@@ -21,11 +21,21 @@ def evaluating(*models):
             model.train(was_training)
 
 
+def check_finite(model) -> None:
+    """Raise a ValueError for a model that has a weight which is no finite number, by name: what it says is nothing."""
+    for name, parameter in model.named_parameters():
+        whole = type(parameter.data) is torch.Tensor and parameter.is_floating_point() and not parameter.is_meta
+        if whole and not parameter.isfinite().all():
+            raise ValueError(f"The model's weights are not finite ({name}): there is nothing to measure.")
+
+
 # ------------------------------------------------------------------ means and their errors
 
 
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """The mean and its standard error, NaN for a single value."""
+    """The mean and its standard error, NaN for a single value. Raises ValueError for no value."""
+    if not len(values):
+        raise ValueError("There is nothing to take the mean of.")
     error = values.std() / math.sqrt(len(values)) if len(values) > 1 else values.new_tensor(math.nan)
     return values.mean().item(), error.item()
 
@@ -34,8 +44,10 @@ def ratio_and_error(sums: torch.Tensor, counts: torch.Tensor, groups: torch.Tens
     """Σ sums / Σ counts and its standard error over groups, NaN for a single one.
 
     That of a ratio of sums, by its linearisation (Cochran 1977, section 6.4). sums, counts, groups: (rows,) each;
-    groups without counts tell nothing.
+    groups without counts tell nothing. Raises ValueError where nothing is counted.
     """
+    if not counts.any():
+        raise ValueError("There is nothing to take the mean of: no token is counted.")
     _, groups = groups.unique(return_inverse=True)
     size = int(groups.max()) + 1
     sums, counts = (torch.zeros(size, dtype=x.dtype).index_add(0, groups, x) for x in (sums, counts))
@@ -52,10 +64,9 @@ def as_figure(value: float, error: float, n: int) -> dict:
 
 
 def figure(values: torch.Tensor | Sequence[float]) -> dict:
-    """The mean of (n,) values, those that are NaN left out, as a figure."""
-    known = torch.as_tensor(values).double()
-    known = known[~known.isnan()]
-    return as_figure(*mean_and_error(known), len(known)) if len(known) else as_figure(math.nan, math.nan, 0)
+    """The mean of (n,) values, as a figure; n is 0 where there are none."""
+    values = torch.as_tensor(values).double()
+    return as_figure(*mean_and_error(values), len(values)) if len(values) else as_figure(math.nan, math.nan, 0)
 
 
 def beyond_noise(difference: dict) -> bool:
@@ -65,28 +76,42 @@ def beyond_noise(difference: dict) -> bool:
 
 # ------------------------------------------------------------------ in words
 
+NOT_FINITE = "not finite"
 
-def with_error(value: float, error: float, digits: int = 3) -> str:
-    """`value ± error`, without an error that is not known; a dash where there is no value."""
-    if math.isnan(value):
-        return "–"
-    return f"{value:,.{digits}f}" + ("" if math.isnan(error) else f" ± {error:,.{digits}f}")
+
+def with_error(value: float | None, error: float | None, digits: int = 3) -> str:
+    """`value ± error`, without an error that is not known. None is what JSON makes of NaN and infinity."""
+    if value is None or math.isnan(value):
+        return NOT_FINITE
+    known = error is not None and math.isfinite(error)
+    return f"{value:,.{digits}f}" + (f" ± {error:,.{digits}f}" if known else "")
 
 
 def written(figure: dict, digits: int = 3, factor: float = 1.0, sign: bool = False) -> str:
-    """A figure as `value ± error` in so many digits, times a factor: 100 for percent; a dash where there is none."""
+    """A figure as `value ± error` in so many digits, times a factor: 100 for percent; a dash where nothing has one."""
     if figure["value"] is None:
-        return "–"
+        return _without(figure)
     value = f"{factor * figure['value']:{'+' if sign else ''}.{digits}f}"
     return value if figure["error"] is None else f"{value} ± {factor * figure['error']:.{digits}f}"
 
 
 def cell(figure: dict | None) -> str:
     """A figure in a table of figures of all sizes: four digits that count; a dash where there is none."""
-    if not figure or figure.get("value") is None:
+    if not figure or "value" not in figure:
         return "–"
+    if figure["value"] is None:
+        return _without(figure)
     error = "" if figure["error"] is None else f" ± {figure['error']:.2g}"
     return f"{figure['value']:.4g}{error}"
+
+
+def _without(figure: dict) -> str:
+    return NOT_FINITE if figure.get("n") else "–"
+
+
+def number(figure: dict) -> float:
+    """A figure's value to draw: NaN, which is not drawn, where there is none."""
+    return math.nan if figure["value"] is None else figure["value"]
 
 
 def shortened(text: str, length: int = 100) -> str:

@@ -9,7 +9,6 @@ Examples come from the train split (the released script takes them from the test
 the prompt, examples included.
 """
 
-import argparse
 import json
 import math
 import os
@@ -21,14 +20,16 @@ from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 
-import torch
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from .. import cli
 from ..data import prompt_inputs
+from ..data.files import file_type, read_rows, visible
+from ..data.numbers import check_at_least
+from ..loading import load_causal_lm
 from .figures import cell, figure, markdown_rows
-from .sampling import MULTINOMIAL, Decoding, complete_texts, context_length
+from .sampling import MULTINOMIAL, Decoding, check_inference, complete_texts, context_length
 
 NEXT_QUESTION = "\nQuestion:"  # where a few-shot answer ends
 
@@ -40,6 +41,8 @@ DESCRIPTIONS = {
     "too_long": "share of the problems that do not fit the context even alone; they count as wrong",
 }
 
+_COLUMNS = ("question", "answer")
+
 # As openai/grade-school-math reads answers, and with a currency sign.
 _ANSWER = re.compile(r"#### *(?P<sign>-?\$?|\$-)(?P<number>[0-9][0-9,]*(\.[0-9]+)?|\.[0-9]+)")
 
@@ -48,16 +51,30 @@ _ANSWER = re.compile(r"#### *(?P<sign>-?\$?|\$-)(?P<number>[0-9][0-9,]*(\.[0-9]+
 
 
 def load_gsm8k(name_or_folder: str | Path = "openai/gsm8k") -> DatasetDict:
-    """The splits `train` and `test` of the Hub's data set, or of a folder with files train.* and test.*.
+    """The splits `train` and `test` of the Hub's data set, or of a folder with json or parquet files train* and test*.
 
-    Raises ValueError if a split or a column is missing.
+    Raises ValueError if a split or a column is missing, and for what is wrong in a file, by its line.
     """
     folder = Path(name_or_folder).expanduser()
-    dataset = load_dataset(str(folder)) if folder.is_dir() else load_dataset(str(name_or_folder), "main")
+    dataset = _local(folder) if folder.is_dir() else load_dataset(str(name_or_folder), "main")
     for split in ("train", "test"):
-        if split not in dataset or not {"question", "answer"} <= set(dataset[split].column_names):
+        if split not in dataset or not set(_COLUMNS) <= set(dataset[split].column_names):
             raise ValueError(f"{str(name_or_folder)!r} has no split {split} with the columns question and answer.")
     return dataset
+
+
+def _local(folder: Path) -> DatasetDict:
+    splits = DatasetDict()
+    for split in ("train", "test"):
+        rows = []
+        for file in visible(folder, f"{split}*"):
+            for place, row in read_rows(str(file)) if file_type(file) in ("json", "parquet") else ():
+                if not all(isinstance(row.get(name), str) for name in _COLUMNS):
+                    raise ValueError(f"{place}: question and answer must be text, there are {', '.join(row)}.")
+                rows.append({name: row[name] for name in _COLUMNS})
+        if rows:
+            splits[split] = Dataset.from_list(rows)
+    return splits
 
 
 def choose_examples(dataset: DatasetDict, shots: int, seed: int = 0) -> list[dict]:
@@ -67,7 +84,7 @@ def choose_examples(dataset: DatasetDict, shots: int, seed: int = 0) -> list[dic
     """
     asked = set(dataset["test"]["question"])
     rows = [row for row, question in enumerate(dataset["train"]["question"]) if question not in asked]
-    if not 0 <= shots <= len(rows):
+    if shots not in range(len(rows) + 1):
         raise ValueError(f"shots must lie between 0 and the {len(rows)} rows of the train split, got {shots}.")
     return [dataset["train"][row] for row in random.Random(seed).sample(rows, shots)]
 
@@ -155,20 +172,23 @@ def evaluate_gsm8k(
         it, with the same result as one that was not stopped, also with more problems than before.
 
     Returns a dict for JSON: `settings`, and `figures`, each {"value", "error", "n"}; see `DESCRIPTIONS`.
-    Raises ValueError, before any computation, for numbers out of range, a tokenizer without a chat template where one
-    is asked for, and a record of other settings, weights or questions.
+    Raises ValueError, before any computation, for numbers out of range, weights that are not finite, an answer to score
+    by that has no number, a tokenizer without a chat template where one is asked for, and a record of other settings,
+    weights or questions.
     """
-    for name, value in {"samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be 1 or more, got {value}.")
+    check_at_least(1, samples=samples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_inference(model, num_inference_steps)
     if samples > 1 and not decoding.do_sample:
         raise ValueError(f"Greedy search writes the same text each time: ask for 1 sample, not {samples}.")
     if chat and tokenizer.chat_template is None:
         raise ValueError("The tokenizer has no chat template: evaluate without chat.")
     test = dataset["test"]
     problems = len(test) if problems is None else problems
-    if not 1 <= problems <= len(test):
+    if problems not in range(1, len(test) + 1):
         raise ValueError(f"problems must lie between 1 and the {len(test)} of the test split, got {problems}.")
+    for problem in range(problems):
+        if extract_answer(test[problem]["answer"]) is None:
+            raise ValueError(f"The answer to problem {problem} of the test split has no number after ####.")
     examples = choose_examples(dataset, shots, seed)
     settings = {
         "model": model.config._name_or_path,
@@ -292,50 +312,58 @@ def gsm8k_table(results: dict[str, dict]) -> str:
 # ------------------------------------------------------------------ on the command line
 
 
+@cli.one_sentence()
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Few-shot or zero-shot GSM8K of any causal LM.")
-    parser.add_argument("model", help="folder of a checkpoint, or its name on the Hub")
-    parser.add_argument("--data", default="openai/gsm8k", help="folder with train and test files, or a Hub name")
-    parser.add_argument("--shots", type=int, default=5, help="examples of the train split in the prompt; default 5")
-    parser.add_argument("--samples", type=int, default=5, help="texts for each problem; default 5")
-    parser.add_argument("--problems", type=int, help="so many, from the first of the test split; default all")
-    parser.add_argument("--chat", action="store_true", help="ask by the chat template, as examples/finetune.py trains")
-    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, one text a problem")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float)
-    parser.add_argument("--max_new_tokens", type=int, default=256)
-    parser.add_argument("--num_inference_steps", type=int, help="how long an LTM thinks; default its own")
-    parser.add_argument("--batch_size", type=int, default=32, help="texts written together; default 32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("gsm8k.json"), help="figures; texts go to the same .jsonl")
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     record = options.output.with_suffix(".jsonl")
     if record == options.output:
-        parser.error("--output is for the figures: the .jsonl of that name holds the texts.")
-    try:
-        decoding = Decoding(not options.greedy, options.temperature, top_p=options.top_p)
-        dataset = load_gsm8k(options.data)
-        model = AutoModelForCausalLM.from_pretrained(options.model).to(options.device)
-        result = evaluate_gsm8k(
-            model,
-            AutoTokenizer.from_pretrained(options.model),
-            dataset,
-            shots=options.shots,
-            samples=1 if options.greedy else options.samples,
-            problems=options.problems,
-            decoding=decoding,
-            chat=options.chat,
-            max_new_tokens=options.max_new_tokens,
-            num_inference_steps=options.num_inference_steps,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            record=record,
-        )
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+        raise ValueError("--output is for the figures: the .jsonl of that name holds the texts.")
+    decoding = Decoding(not options.greedy, options.temperature, top_p=options.top_p)
+    dataset = load_gsm8k(options.data)
+    model, tokenizer = load_causal_lm(options.model, options.device, options.trust_remote_code)
+    if options.num_inference_steps is not None and not getattr(model.config, "num_latents", 0):
+        raise ValueError("--num_inference_steps does nothing with a model without latents: leave it out.")
+    result = evaluate_gsm8k(
+        model,
+        tokenizer,
+        dataset,
+        shots=options.shots,
+        samples=1 if options.greedy else options.samples,
+        problems=options.problems,
+        decoding=decoding,
+        chat=options.chat,
+        max_new_tokens=options.max_new_tokens,
+        num_inference_steps=options.num_inference_steps,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        record=record,
+    )
     options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(gsm8k_table({options.model: result}))
+
+
+def _parse(arguments):
+    parser = cli.Parser(description="Few-shot or zero-shot GSM8K of any causal LM.")
+    add = parser.add_argument
+    add("model", help="folder of a checkpoint, or its name on the Hub")
+    add("--data", default="openai/gsm8k", help="folder with train and test files, or a Hub name")
+    add("--shots", type=cli.count, default=5, help="examples of the train split in the prompt; default 5")
+    add("--samples", type=cli.positive_int, default=5, help="texts for each problem; default 5")
+    add("--problems", type=cli.positive_int, help="so many, from the first of the test split; default all")
+    add("--chat", action="store_true", help="ask by the chat template, as examples/finetune.py trains")
+    add("--greedy", action="store_true", help="the likeliest token each time, one text a problem")
+    add("--temperature", type=cli.temperature, default=1.0)
+    add("--top_p", type=cli.share)
+    add("--max_new_tokens", type=cli.positive_int, default=256)
+    add("--num_inference_steps", type=cli.count, help="how long an LTM thinks; default its own")
+    add("--batch_size", type=cli.positive_int, default=32, help="texts written together; default 32")
+    add("--device", type=cli.device, default=cli.DEVICE)
+    add("--trust_remote_code", action="store_true", help="run the Python that comes with the model if need be")
+    add("--seed", type=cli.seed, default=0)
+    add("--output", type=cli.file, default=Path("gsm8k.json"), help="figures; texts go to the same .jsonl")
+    named, options = cli.given(parser, arguments), parser.parse_args(arguments)
+    cli.refuse_idle(named, (options.greedy, "with --greedy", ("samples", "temperature", "top_p")))
+    return options
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
 
+from ..configuration_ltm import InferenceSettings
 from ..data import collate_blocks, document_blocks, prefix_blocks
+from ..data.documents import check_prefix_length
+from ..data.numbers import check_at_least
 from ..data.packing import blocks_of
 from ..posterior_ltm import (
     IGNORED,
@@ -27,6 +30,7 @@ from ..posterior_ltm import (
     sequence_keys,
 )
 from .figures import evaluating, markdown_rows, mean_and_error, ratio_and_error, with_error
+from .sampling import context_length
 
 DESCRIPTIONS = {
     "bound": "bound with fresh noise: NLL + KL at a sample that the fit has not seen; what an LTM may claim",
@@ -50,8 +54,9 @@ EXACT = ("no_latents", "prefix_no_latents")  # the figures of a model without la
 class Likelihood:
     """Nats a token, each with its standard error. `released` is the log of a mean of perplexities.
 
-    A standard error that nobody measured is NaN, a count that nobody made None. bits_per_byte: of the UTF-8 text, where
-    its size is known; nothing for the parts of a bound, or for `released`.
+    A figure is NaN or infinite where the model's losses are. A standard error that nobody measured is NaN, a count that
+    nobody made None. bits_per_byte: of the UTF-8 text, where its size is known; nothing for the parts of a bound, or
+    for `released`.
     """
 
     figures: dict[str, tuple[float, float]]
@@ -94,20 +99,21 @@ def markdown_table(columns: dict[str, Likelihood], unit: str = "nats a token") -
     explained, digits = unit == "nats a token", 2 if unit == "perplexity" else 3
     rows = [[unit, *columns, *(["what it is"] if explained else [])]]
     for name in names:
-        cells = [with_error(*_in_unit(likelihood, name, unit), digits) for likelihood in columns.values()]
+        known = [_in_unit(likelihood, name, unit) for likelihood in columns.values()]
+        cells = ["–" if pair is None else with_error(*pair, digits) for pair in known]
         if set(cells) != {"–"}:
             rows.append([name, *cells, *([description(name)] if explained else [])])
     return markdown_rows(rows)
 
 
-def _in_unit(likelihood: Likelihood, name: str, unit: str) -> tuple[float, float]:
-    unknown = (math.nan, math.nan)
+def _in_unit(likelihood: Likelihood, name: str, unit: str) -> tuple[float, float] | None:
+    """None for what was not measured, and for what has no such unit."""
     if unit == "bits per byte":
-        return likelihood.bits_per_byte.get(name, unknown)
+        return likelihood.bits_per_byte.get(name)
     if unit == "nats a token" or name not in likelihood:
-        return likelihood.figures.get(name, unknown)
+        return likelihood.figures.get(name)
     if name in ("nll", "kl"):
-        return unknown
+        return None
     perplexity = likelihood.perplexity(name)
     return perplexity, perplexity * likelihood.figures[name][1]  # of a smooth function, to first order
 
@@ -127,8 +133,7 @@ def importance_weighted_bound(
 
     log_likelihood: from latents (B, L, N, D) to log p(x|z), (B,) nats. Raises ValueError for less than one sample.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be 1 or more, got {num_samples}.")
+    check_at_least(1, num_samples=num_samples)
     precision = (-posterior.log_variance).exp()
     total = torch.full_like(posterior.kl_divergence(), -torch.inf)
     for number in range(num_samples):
@@ -162,7 +167,8 @@ def evaluate_likelihood(
     figures: names, with the number of samples where there is one: "iw-64".
     inference: other settings of `infer_posterior`, such as inference_method. By "langevin", bounds are infinite.
 
-    Raises ValueError if there is no block, or for an unknown figure.
+    Raises ValueError if there is no block or no token to score, for a row with padding or with labels of its own, an
+    unknown figure, and numbers out of range.
     """
     return score_blocks(
         model, blocks, batch_size, num_inference_steps, num_particles, seed, progress, figures, **inference
@@ -181,16 +187,18 @@ def score_blocks(
     **inference,
 ) -> "BlockScores":
     """What `evaluate_likelihood` pools, to be compared block by block; its arguments."""
-    if not len(blocks):
-        raise ValueError("There is no block to evaluate on.")
+    check_at_least(1, batch_size=batch_size, num_particles=num_particles)
     single = set(DESCRIPTIONS) - {"iw", "reinfer", "prefix_mixture", "from_prompt"}
     for name in figures:
         if not re.fullmatch("|".join([*single, r"(iw|reinfer|prefix_mixture)-[1-9]\d*"]), name):
             others = "prior, iw-K, reinfer-K and prefix_mixture-K"
             raise ValueError(f"There is no figure {name!r}; there are {', '.join(DEFAULT)}, {others}.")
-    if not getattr(model.config, "num_latents", 0):
+    if getattr(model.config, "num_latents", 0):
+        InferenceSettings.of(model.config, num_inference_steps=num_inference_steps)
+    else:
         figures = [name for name in EXACT if name in figures]
     rows = [blocks[index] for index in range(len(blocks))]
+    _check_rows(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # little padding
     scores = {name: torch.zeros(len(rows), dtype=torch.float64) for name in figures}
     settings = {"num_inference_steps": num_inference_steps, "seed": seed, **inference}
@@ -202,6 +210,30 @@ def score_blocks(
             for name in figures:
                 scores[name][indices] = batch.score(name).double().cpu()
     return BlockScores(rows, scores)
+
+
+def _check_rows(rows: list[dict]) -> None:
+    """Raise a ValueError unless there are blocks, of which every token after the first is to be scored."""
+    if not rows:
+        raise ValueError("There is no block to evaluate on.")
+    for number, row in enumerate(rows):
+        if not len(row.get("input_ids", ())):
+            raise ValueError(f"Block {number} has no token: a block is a row with input_ids.")
+        for name, plain in (("attention_mask", [1] * len(row["input_ids"])), ("labels", list(row["input_ids"]))):
+            if name in row and list(row[name]) != plain:
+                raise ValueError(f"Block {number} has {name} of its own, but all of its tokens would be scored.")
+    if max(len(row["input_ids"]) for row in rows) < 2:
+        raise ValueError("There is no token to score: each block is a single one, which nothing comes before.")
+
+
+def fitting_block_size(models: Sequence, block_size: int | None = None) -> int:
+    """The longest block, of 1,024 tokens at most, that all models take. Raises ValueError for a longer one."""
+    longest = min((length for length in map(context_length, models) if length), default=math.inf)
+    block_size = min(1024, longest) if block_size is None else block_size
+    check_at_least(2, block_size=block_size)
+    if block_size > longest:
+        raise ValueError(f"block_size is {block_size}, but a model takes no more than {longest} tokens.")
+    return block_size
 
 
 def evaluate_documents(
@@ -224,9 +256,12 @@ def evaluate_documents(
     for each of these, drawn by the seed; default all. prefix_length: tokens; default half of a block.
     num_samples: of the importance-weighted bound; 0 for none. settings: as for `evaluate_likelihood`.
 
-    Raises ValueError as `document_blocks` does.
+    Raises ValueError as `document_blocks` and `evaluate_likelihood` do, and for a block longer than the model takes.
     """
-    block_size = block_size or min(1024, model.config.max_position_embeddings)
+    block_size = fitting_block_size([model], block_size)
+    check_prefix_length(prefix_length, block_size)
+    check_at_least(1, num_blocks=1 if num_blocks is None else num_blocks)
+    check_at_least(0, num_samples=num_samples)
     figures = [name for name in (*DEFAULT, "prior") if name != "released" and not name.startswith("prefix")]
     figures += [f"iw-{num_samples}"] if num_samples else []
     has_latents, notes = bool(getattr(model.config, "num_latents", 0)), []
@@ -252,6 +287,7 @@ def evaluate_documents(
 
 def chosen(blocks, count: int | None, seed: int = 0) -> list[dict]:
     """So many of the blocks, drawn by the seed and in their order; all of them where there are no more, or for None."""
+    check_at_least(1, count=1 if count is None else count)
     indices = range(len(blocks))
     if count is not None and count < len(blocks):
         indices = sorted(random.Random(seed).sample(indices, count))
@@ -259,7 +295,10 @@ def chosen(blocks, count: int | None, seed: int = 0) -> list[dict]:
 
 
 class BlockScores:
-    """Nats of each block by figure, (blocks,) each in `nats`, and of how many tokens and bytes of which document."""
+    """Nats of each block by figure, (blocks,) each in `nats`, and of how many tokens and bytes of which document.
+
+    Nats of a block that are not finite are so in every mean.
+    """
 
     def __init__(self, rows: list[dict], nats: dict[str, torch.Tensor]):
         self.nats = nats
@@ -298,6 +337,8 @@ class BlockScores:
             sizes = self.bytes(name)
             if sizes is not None and name not in ("nll", "kl"):
                 bits[name] = ratio_and_error(nats / math.log(2), sizes, self.documents)
+        if self.nats and not figures:
+            raise ValueError("There is no token to score: nothing follows any prefix.")
         scored = sum(len(row["input_ids"]) - 1 for row in self._rows)
         documents = len(self.documents.unique()) if "document" in self._rows[0] else None
         return Likelihood(_in_order(figures), scored, len(self._rows), documents, _in_order(bits))
@@ -345,7 +386,8 @@ class _Batch:
         return self.estimate.nll
 
     def kl(self):
-        return self.estimate.kl
+        # Where a fit has lost its way, its posterior is the last good one, whose cost is no figure of the text.
+        return self.estimate.kl.where(self.estimate.nll.isfinite(), math.nan)
 
     def iw(self, num_samples):
         seed = self.settings["seed"]

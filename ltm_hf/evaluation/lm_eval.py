@@ -5,15 +5,22 @@
 is the harness's own command line (source: lm_eval 0.4.13). `--model hf` would score the same folder without latents.
 """
 
+import math
 from collections import defaultdict
+from contextlib import nullcontext
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-try:
-    from lm_eval.api.registry import register_model
-except ModuleNotFoundError:
-    raise ImportError('ltm_hf.evaluation.lm_eval needs the lm-evaluation-harness: pip install "ltm_hf[eval]"') from None
+from .. import cli
+
+with cli.one_sentence() if __name__ == "__main__" else nullcontext():
+    try:
+        from lm_eval.api.registry import register_model
+    except ModuleNotFoundError:
+        raise ImportError(
+            'ltm_hf.evaluation.lm_eval needs the lm-evaluation-harness: pip install "ltm_hf[eval]"'
+        ) from None
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -23,6 +30,7 @@ from transformers.utils import logging
 
 from ..configuration_ltm import InferenceSettings
 from ..posterior_ltm import IGNORED, elbo, infer_posterior
+from .figures import check_finite
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +77,8 @@ class HFLTM(HFLM):
         rolling_stride: tokens scored at a time by "prefix"; default half of `max_length`.
         device: default cuda where there is one, else cpu.
 
-        Raises ValueError for settings that cannot work and for a model that is no LTM, before weights are loaded.
+        Raises ValueError for settings that cannot work and for a model that is no LTM, before weights are loaded, and
+        for weights that are not finite.
         """
         for name, value, allowed in (("latents", latents, LATENTS), ("rolling", rolling, ROLLING)):
             if value not in allowed:
@@ -84,6 +93,7 @@ class HFLTM(HFLM):
         self.num_inference_steps, self.inference_seed = num_inference_steps, inference_seed
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained, device=device, **kwargs)
+        check_finite(self.model)
 
     def _get_backend(self, config, backend="default", trust_remote_code=False):
         """The harness calls this as soon as it has the configuration."""
@@ -132,7 +142,8 @@ class HFLTM(HFLM):
         batch_size = self._batch_size_for(requests, override_bs)
         is_rolling = requests[0][0] is None
         if is_rolling and self.rolling == "bound":
-            return [(bound, False) for some in chunks(requests, batch_size) for bound in self._bounds(some)]
+            bounds = _finite([bound for some in chunks(requests, batch_size) for bound in self._bounds(some)])
+            return [(bound, False) for bound in bounds]
         stride = self.rolling_stride if is_rolling else self.max_length
 
         # What is scored after each distinct context. One inference each, and one row of the decoder for continuations
@@ -169,7 +180,7 @@ class HFLTM(HFLM):
             progress.update(len(contexts))
         progress.close()
 
-        answers = list(zip(totals, greedy, strict=True))
+        answers = list(zip(_finite(totals), greedy, strict=True))
         if not is_rolling:
             for (strings, *_), answer in zip(requests, answers, strict=True):
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
@@ -244,5 +255,14 @@ class HFLTM(HFLM):
             return super()._model_generate(context, max_length, stop, **settings | generation_kwargs)
 
 
+def _finite(scores: list[float]) -> list[float]:
+    """The scores. Raises ValueError for one that is not finite, which the harness would rank among the others."""
+    wrong = sum(not math.isfinite(score) for score in scores)
+    if wrong:
+        raise ValueError(f"{wrong} of {len(scores)} log-likelihoods are not finite: the model's losses overflow.")
+    return scores
+
+
 if __name__ == "__main__":
-    cli_evaluate()
+    with cli.one_sentence():
+        cli_evaluate()

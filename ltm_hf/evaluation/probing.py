@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..data.numbers import check_at_least
 from ..posterior_ltm import (
     IGNORED,
     LatentPosterior,
@@ -234,6 +235,7 @@ def interpolation(
     max_length: tokens of a text, default the model's. Raises ValueError if there is no pair.
     """
     result = settings_of(model, num_inference_steps, seed)
+    check_at_least(1, max_new_tokens=max_new_tokens, batch_size=batch_size)
     length = max_length or model.config.max_position_embeddings
     sides = [tokenize(tokenizer, texts, length) for texts in zip(*pairs, strict=True)]
     if not sides:
@@ -332,9 +334,13 @@ def active_units(mean: torch.Tensor, threshold: float = 0.01) -> torch.Tensor:
 
     Burda et al. 2016, section 5.2: Var_x(E_q[z]) > 0.01. mean: (B, L, N, D), B of 2 or more. The prior's variance is 1.
     """
-    if len(mean) < 2:
-        raise ValueError("Active units are counted over two sequences or more: one has no variance.")
+    _check_two(mean)
     return (mean.var(dim=0) > threshold).sum(dim=-1)
+
+
+def _check_two(sequences) -> None:
+    if len(sequences) < 2:
+        raise ValueError("Active units are counted over two sequences or more: one has no variance.")
 
 
 def latent_usage(
@@ -355,6 +361,7 @@ def latent_usage(
     """
     result = settings_of(model, num_inference_steps, seed)
     check_blocks(blocks, least_tokens=2)
+    _check_two(blocks)
     posterior = infer_posteriors(model, blocks, batch_size, num_inference_steps, seed, progress)
     if posterior.log_variance.isneginf().any():
         raise ValueError(
@@ -470,6 +477,7 @@ def cross_attention(
     """
     result = settings_of(model, num_inference_steps, seed)
     check_blocks(blocks, least_tokens=2)
+    check_at_least(1, num_tokens=num_tokens)
     posterior = infer_posteriors(model, blocks, batch_size, num_inference_steps, seed, progress)
     entropies, additions, shown = [], [], None
     with evaluating(model):

@@ -1,8 +1,9 @@
 """Pictures of `probing` and `representations`, as PNGs. They need matplotlib (the extra `examples`)."""
 
+import math
 from pathlib import Path
 
-from .figures import written
+from .figures import number, written
 
 
 def plot_progressive_inclusion(result: dict, path: str | Path) -> None:
@@ -43,8 +44,7 @@ def plot_interpolation(result: dict, path: str | Path) -> None:
     axes = figure.subplots()
     weights = result["weights"]
     for index, name in enumerate(("first", "second")):
-        plain = result["no_latents"][name]["value"]
-        label = f"{name} text (without latents {plain:.3f})"
+        label = f"{name} text (without latents {written({**result['no_latents'][name], 'error': None})})"
         _errorbar(axes, weights, result["change"][name], fmt="o-", color=f"C{index}", label=label)
     axes.axhline(0, color="grey", lw=1)
     axes.set_xticks(weights, [f"{weight:g}" for weight in weights])
@@ -63,7 +63,7 @@ def plot_latent_usage(result: dict, path: str | Path) -> None:
     """Heat maps, a row for each layer and a column for each latent: KL, and the share of units that are active."""
     from matplotlib.figure import Figure
 
-    kl = [[latent["value"] for latent in layer] for layer in result["kl"]]
+    kl = [[number(latent) for latent in layer] for layer in result["kl"]]
     channels = result["num_channels"]
     height = max(3.0, 0.45 * len(kl) + 1.6)
     figure = Figure(figsize=(11, height), layout="constrained")
@@ -94,8 +94,8 @@ def plot_cross_attention(result: dict, path: str | Path) -> None:
         image = axes.imshow(list(zip(*weights, strict=True)), aspect="auto", vmin=0, vmax=1, cmap="viridis")
         layer, entropy, addition = (result[name][index] for name in ("layers", "entropy", "addition"))
         axes.set_title(
-            f"layer {layer}: entropy {entropy['value']:.3f} of at most {result['max_entropy']:.3f} nats; "
-            f"adds {100 * addition['value']:.1f} % to the residual stream",
+            f"layer {layer}: entropy {number(entropy):.3f} of at most {result['max_entropy']:.3f} nats; "
+            f"adds {100 * number(addition):.1f} % to the residual stream",
             fontsize=9,
         )
         axes.set_yticks(range(latents), range(1, latents + 1))
@@ -122,7 +122,7 @@ def plot_topic_probe(result: dict, path: str | Path) -> None:
             "the same as the test text's, %",
         ),
     ):
-        values = [100 * one["value"] for one in figures.values()]
+        values = [100 * number(one) for one in figures.values()]
         errors = [100 * (one["error"] or 0.0) for one in figures.values()]
         bars = axes.barh(list(figures), values, xerr=errors, capsize=3, color=[f"C{i}" for i in range(len(values))])
         axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=8)
@@ -140,14 +140,15 @@ def plot_topic_probe(result: dict, path: str | Path) -> None:
 
 def _errorbar(axes, places, figures, factor=1.0, **style) -> None:
     """Figures at places; one whose error nobody knows has no bar."""
-    means = [factor * one["value"] for one in figures]
+    means = [factor * number(one) for one in figures]
     errors = [factor * (one["error"] or 0.0) for one in figures]
     axes.errorbar(places, means, errors, ms=4, capsize=3, **style)
 
 
 def _heat_map(axes, rows, layers, form: str, unit: str, highest: float | None = None) -> None:
     """A layer's row of numbers, from 0, each written into its cell where they are few."""
-    image = axes.imshow(rows, aspect="auto", vmin=0, vmax=highest or max(map(max, rows)) or 1, cmap="viridis")
+    highest = highest or max((value for row in rows for value in row if math.isfinite(value)), default=0) or 1
+    image = axes.imshow(rows, aspect="auto", vmin=0, vmax=highest, cmap="viridis")
     if len(rows[0]) <= 12:
         for y, row in enumerate(rows):
             for x, value in enumerate(row):

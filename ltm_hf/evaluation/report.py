@@ -15,13 +15,15 @@ class Report:
     """A folder with `README.md`, a JSON file for each section, and the pictures that sections draw.
 
     A section whose JSON is there, made with the same settings, is not computed again: a report that was stopped goes on
-    where it was, and one of other settings starts anew, section by section.
+    where it was, and one of other settings starts anew, section by section. A `README.md` of before stays until there
+    is something to put in its place.
     """
 
     def __init__(self, folder: str | Path, title: str, introduction: str = ""):
         self.folder, self.title, self.introduction = Path(folder), title, introduction
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sections: list[str] = []
+        self._found = not (self.folder / "README.md").exists()  # anything worth writing
 
     def kept(self, name: str, settings: dict, compute: Callable[[], dict]) -> dict:
         """As the function, in `name`.json."""
@@ -42,18 +44,24 @@ class Report:
             result, text = None, f"Not measured: {one_line(error)}"
             print(f"{title}: {text}")
         self._sections.append(f"## {title}\n\n{text.strip()}\n")
+        self._found |= result is not None
+        if self._found:
+            self._write()
+        return result
+
+    def _write(self) -> None:
         head = [f"# {self.title}\n", *([self.introduction.strip() + "\n"] if self.introduction else [])]
         write_whole(self.folder / "README.md", "\n".join([*head, *self._sections]))
-        return result
 
 
 def kept(path: Path, settings: dict, compute: Callable[[], dict] | None = None) -> dict | None:
     """The result in a JSON file if it was made with these settings; else computed, of what JSON knows, and kept.
 
     settings: what the result depends on. NaN and infinity become null. Without `compute`, None where there is nothing.
+    Raises ValueError for a file that is something else.
     """
     settings = _jsonable(settings)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = _read(path) if path.is_file() else {}
     if found.get("settings") != settings:
         if compute is None:
             return None
@@ -61,6 +69,16 @@ def kept(path: Path, settings: dict, compute: Callable[[], dict] | None = None) 
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(found, indent=1, allow_nan=False))
     return found["result"]
+
+
+def _read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is cut or altered, delete it: {one_line(error)}") from None
+    if not isinstance(found, dict) or not {"settings", "result"} <= found.keys():
+        raise ValueError(f"{str(path)!r} is no result that was kept with its settings: delete it.")
+    return found
 
 
 def one_line(error: Exception) -> str:

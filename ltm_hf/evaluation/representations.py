@@ -11,22 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ..configuration_ltm import InferenceSettings
-from ..data import collate_blocks
-from ..data.corpora import _local_files, file_type
+from ..data import collate_blocks, encode
+from ..data.files import columns_of, file_type, local_files, read_rows
+from ..data.numbers import check_at_least
 from ..posterior_ltm import LatentPosterior, check_sequences, infer_posterior
-from .figures import beyond_noise, evaluating, figure, markdown_rows, shortened, written
+from .figures import beyond_noise, check_finite, evaluating, figure, markdown_rows, shortened, written
 
 
 def settings_of(model, num_inference_steps: int | None, seed: int) -> dict:
-    """What a study records of its inference. Raises ValueError for a model without latents or a wrong step count."""
+    """What a study records of its inference.
+
+    Raises ValueError for a model without latents or with weights that are not finite, and for a wrong step count.
+    """
     if not model.config.num_latents:
         raise ValueError("This model was built with num_latents=0: it has no latents to look into.")
     settings = InferenceSettings.of(model.config, num_inference_steps=num_inference_steps)
+    check_finite(model)
     return {"num_inference_steps": settings.num_inference_steps, "seed": seed}
 
 
@@ -42,8 +47,7 @@ def check_blocks(blocks, least_tokens: int = 1) -> None:
 
 def batches(blocks, batch_size: int, device, description: str | None = None) -> Iterator[tuple]:
     """(rows, input_ids, attention_mask) of consecutive rows, a slice and two (B, S); padded on the right."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
+    check_at_least(1, batch_size=batch_size)
     for start in tqdm(range(0, len(blocks), batch_size), desc=description, disable=description is None, leave=False):
         rows = slice(start, min(start + batch_size, len(blocks)))
         batch = collate_blocks([blocks[index] for index in range(rows.start, rows.stop)])
@@ -81,7 +85,9 @@ def tokenize(tokenizer, texts: Sequence[str], max_length: int) -> list[dict]:
     """
     if not len(texts):
         raise ValueError("There is no text to look at.")
-    rows = [{"input_ids": ids} for ids in tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]]
+    check_at_least(1, max_length=max_length)
+    encoded = encode(tokenizer, texts, begin=True, truncation=True, max_length=max_length)
+    rows = [{"input_ids": ids} for ids in encoded["input_ids"]]
     check_blocks(rows)
     return rows
 
@@ -259,14 +265,14 @@ def load_labelled_texts(
     Files have no splits: test and training rows are cut from one shuffle of their rows, and `source` says so.
     Raises FileNotFoundError for a missing file, ValueError for a missing column or too few rows.
     """
-    files = _local_files(name_or_files)
+    files = local_files(name_or_files)
     if files is None:
         parts = [load_dataset(name_or_files, config_name, split=split) for split in (train_split, test_split)]
         source = f"{name_or_files}: rows of its {train_split} split to train, of its {test_split} split to test on"
     elif file_type(files[0]) == "text":
         raise ValueError(f"{files[0]!r} is text without labels; labelled texts are read from json and parquet files.")
     else:
-        parts = [load_dataset(file_type(files[0]), data_files=files, split="train")]
+        parts = [_labelled_rows(files, text_column, label_column)]
         names = ", ".join(Path(file).name for file in files)
         source = f"{names}: a single set of {len(parts[0])} rows, cut by seed {seed} into rows to train and to test on"
     columns = parts[0].column_names
@@ -293,6 +299,19 @@ def load_labelled_texts(
     )
 
 
+def _labelled_rows(files: Sequence[str], text_column: str, label_column: str) -> Dataset:
+    columns = (text_column, label_column)
+    if not set(columns) <= set(found := columns_of(files)):
+        raise ValueError(f"There are no columns {text_column!r} and {label_column!r}; there are {', '.join(found)}.")
+    rows = []
+    for file in files:
+        for place, row in read_rows(file, columns):
+            if not isinstance(row.get(text_column), str) or row.get(label_column) is None:
+                raise ValueError(f"{place}: there must be a string as {text_column!r} and a label as {label_column!r}.")
+            rows.append({name: row[name] for name in columns})
+    return Dataset.from_list(rows)
+
+
 THOUGHTS = "posterior means"
 
 
@@ -314,8 +333,16 @@ def topic_probe(
     less the baseline's, row by row. `same_class`: the share of a test text's nearest training texts, by cosine, that
     are of its class. Posterior means and embeddings are standardised for the probe and centred on the training rows'
     mean for the cosine; TF-IDF rows have length 1 and are left so. `max_length`: tokens of a text, default the model's.
+
+    Raises ValueError, before any computation, for a model without latents or whose weights are not finite, and for
+    numbers out of range.
     """
     settings = settings_of(model, num_inference_steps, seed)
+    check_at_least(1, batch_size=batch_size)
+    if num_neighbours not in range(1, len(texts.train_texts) + 1):
+        raise ValueError(
+            f"num_neighbours must lie between 1 and the {len(texts.train_texts)} training texts, got {num_neighbours}."
+        )
     parts = (texts.train_texts, texts.test_texts)
     thought = (max_length, batch_size, num_inference_steps, seed, progress)
     features = {

@@ -21,8 +21,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ..configuration_ltm import InferenceSettings
+from ..data import encode
+from ..data.numbers import check_at_least
 from ..posterior_ltm import LatentPosterior, infer_posterior, keyed_normal, sequence_keys
-from .figures import evaluating
+from .figures import check_finite, evaluating
 
 _TOKEN = 4  # a use of noise beside those of posterior_ltm
 
@@ -75,9 +78,10 @@ def sample_texts(
 
     By "map", which has learned without noise, all read z = 0, a memory of nothing. Then, and without latents, greedy
     search writes the same text n times. Raises ValueError for a number below 1, a tokenizer without a begin-of-text
-    token, and more tokens than the model's context holds.
+    token, more tokens than the model's context holds, and weights that are not finite.
     """
-    _check_counts(n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_at_least(1, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_finite(model)
     if tokenizer.bos_token_id is None:
         raise ValueError("Texts without a prompt need a tokenizer with a begin-of-text token (bos_token).")
     check_room(model, [1], max_new_tokens)
@@ -111,7 +115,7 @@ def complete_texts(
 ) -> list[list[WrittenText]]:
     """`num_samples` continuations of each prompt. An LTM infers its latents from the prompt alone.
 
-    prompts: texts, which the tokenizer encodes as by default, or token ids as they are.
+    prompts: texts, encoded with what the tokenizer puts before one, or token ids as they are.
     decoding: when drawing, each continuation reads its own sample of the posterior; greedy search reads the mean.
     num_inference_steps: default as in `generate`, the generation config's or the model's.
     stop_strings: a text ends with the first of them that it writes.
@@ -119,13 +123,15 @@ def complete_texts(
         the prompt's key and j: a part of a job and a longer one write the same texts.
     batch_size: continuations written together.
 
-    Raises ValueError for a number below 1, an empty prompt, and one that leaves no room for `max_new_tokens`.
+    Raises ValueError for a number below 1, an empty prompt, one that leaves no room for `max_new_tokens`, and weights
+    that are not finite.
     """
-    _check_counts(max_new_tokens=max_new_tokens, num_samples=num_samples, batch_size=batch_size)
+    check_at_least(1, max_new_tokens=max_new_tokens, num_samples=num_samples, batch_size=batch_size)
+    check_inference(model, num_inference_steps)
     keys = range(len(prompts)) if keys is None else keys
     if len(keys) != len(prompts):
         raise ValueError(f"There are {len(prompts)} prompts and {len(keys)} keys.")
-    prompts = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    prompts = [_tokens(tokenizer, prompt) for prompt in prompts]
     check_room(model, [len(prompt) for prompt in prompts], max_new_tokens)
 
     def latents_of(prompts, keys):
@@ -152,6 +158,17 @@ def complete_texts(
         progress,
     )
     return [written[start : start + num_samples] for start in range(0, len(written), num_samples)]
+
+
+def _tokens(tokenizer, prompt: str | list[int]) -> list[int]:
+    return encode(tokenizer, [prompt], begin=True)["input_ids"][0] if isinstance(prompt, str) else list(prompt)
+
+
+def check_inference(model, num_inference_steps: int | None) -> None:
+    """Raise a ValueError for weights that are not finite, and for so many steps if the model can think at all."""
+    if getattr(model.config, "num_latents", 0):
+        InferenceSettings.of(model.config, num_inference_steps=num_inference_steps)
+    check_finite(model)
 
 
 def context_length(model) -> int | None:
@@ -248,9 +265,3 @@ def _left_padded(rows: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, t
     input_ids = pad_sequence([torch.tensor(row) for row in rows], **options)
     attention_mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **options)
     return input_ids.to(device), attention_mask.to(device)
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} must be 1 or more, got {count}.")

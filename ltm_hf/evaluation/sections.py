@@ -1,17 +1,25 @@
-"""The sections of a report on one or several models: what is computed, under which settings, and how it is shown."""
+"""The sections of a report on one or several models: what is computed, under which settings, and how it is shown.
+
+A setting that cannot work is refused with a ValueError, and a local file or folder that is not there with a
+FileNotFoundError, before anything is written: a report of before stays as it was.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import document_blocks, prefix_blocks
+from ..data.documents import check_prefix_length
+from ..data.files import is_hub_name, local_files
+from ..data.numbers import check_at_least
+from ..loading import load_causal_lm
 from . import gsm8k as gsm8k_module
 from . import probing, probing_plots, representations, text
-from .likelihood import Likelihood, chosen, evaluate_documents, markdown_table
+from .likelihood import Likelihood, chosen, evaluate_documents, fitting_block_size, markdown_table
 from .report import Report, fingerprint, likelihood_from_json, likelihood_to_json, one_line
+from .sampling import check_room
 from .thinking import plot_thinking, thinking_curve, thinking_table, write_thinking_csv
 from .zero_shot import ZERO_SHOT, load_zero_shot, plot_zero_shot, zero_shot_table
 
@@ -25,10 +33,9 @@ class Subject:
     tokenizer: object
 
     @classmethod
-    def load(cls, name: str, device: str | torch.device = "cpu") -> "Subject":
-        """Any causal LM. Raises OSError or ValueError as transformers does where there is none."""
-        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    def load(cls, name: str, device: str | torch.device = "cpu", trust_remote_code: bool = False) -> "Subject":
+        """Any causal LM. trust_remote_code, errors: as of `load_causal_lm`."""
+        model, tokenizer = load_causal_lm(name, device, trust_remote_code)
         return cls(Path(name).resolve().name if Path(name).is_dir() else name, model, tokenizer)
 
     @property
@@ -41,11 +48,28 @@ class Subject:
 
 
 def shared_block_size(subjects: Sequence[Subject], block_size: int | None = None) -> int:
-    """The longest block, of 1,024 tokens at most, that all models take. Raises ValueError for a longer one."""
-    longest = min(subject.model.config.max_position_embeddings for subject in subjects)
-    if block_size is not None and block_size > longest:
-        raise ValueError(f"block_size is {block_size}, but a model takes no more than {longest} tokens.")
-    return block_size or min(1024, longest)
+    """As `fitting_block_size`."""
+    return fitting_block_size([subject.model for subject in subjects], block_size)
+
+
+_LEAST = {
+    "batch_size": 1, "block_size": 2, "max_new_tokens": 1, "n": 1, "num_blocks": 1, "num_documents": 1,
+    "num_inference_steps": 0, "num_neighbours": 1, "num_particles": 1, "num_samples": 0, "problems": 1,
+    "prompt_tokens": 1, "samples": 1, "shots": 0, "steps": 0,
+}  # fmt: skip
+
+
+def check_settings(**settings) -> None:
+    """Raise a ValueError for a setting of sections that cannot work, of any model and text. None is a default."""
+    for name, least in _LEAST.items():
+        given = settings.get(name)
+        for number in given if name == "steps" and given is not None else [given]:
+            if number is not None:
+                check_at_least(least, **{name: number})
+    if settings.get("steps") is not None:
+        check_at_least(1, **{"steps (how many there are)": len(settings["steps"])})
+    if settings.get("block_size") is not None:
+        check_prefix_length(settings.get("prefix_length"), settings["block_size"])
 
 
 # ------------------------------------------------------------------ likelihood
@@ -55,6 +79,7 @@ def likelihood_section(
     report: Report, subjects: Sequence[Subject], texts: Sequence[str], source: str, block_size: int, **settings
 ) -> dict[str, Likelihood]:
     """Every figure of every model on the same documents. settings: of `evaluate_documents`. Returns them by model."""
+    check_settings(block_size=shared_block_size(subjects, block_size), **settings)
 
     def compute():
         columns, notes = {}, []
@@ -89,6 +114,7 @@ def thinking_section(
     report: Report, subjects: Sequence[Subject], texts: Sequence[str], block_size: int, num_blocks: int, **settings
 ) -> None:
     """Thinking curves of the models that have latents. settings: of `thinking_curve`."""
+    check_settings(block_size=shared_block_size(subjects, block_size), num_blocks=num_blocks, **settings)
 
     def compute():
         return {
@@ -124,6 +150,9 @@ def zero_shot_section(
     **settings,
 ) -> dict[str, Likelihood]:
     """The paper's seven corpora, each kept as it is done. Returns the first model's figures by corpus."""
+    check_settings(block_size=shared_block_size(subjects, block_size), num_documents=num_documents, **settings)
+    if folder is not None and not Path(folder).is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
     found, sources, refused = {}, {}, []
     for name in ZERO_SHOT:
 
@@ -170,6 +199,8 @@ def zero_shot_section(
 
 def text_section(report: Report, subject: Subject, texts: Sequence[str], **settings) -> None:
     """What the model writes. settings: of `text_figures`; references are passages of the documents."""
+    check_settings(**settings)
+    check_room(subject.model, [settings.get("prompt_tokens") or 1], settings["max_new_tokens"])
     length = settings["max_new_tokens"] + (settings.get("prompt_tokens") or 0) + 1
 
     def compute():
@@ -185,6 +216,9 @@ def text_section(report: Report, subject: Subject, texts: Sequence[str], **setti
 
 def gsm8k_section(report: Report, subjects: Sequence[Subject], data: str, **settings) -> None:
     """GSM8K. settings: of `evaluate_gsm8k`; each model's texts are kept problem by problem."""
+    check_settings(**settings)
+    if not Path(data).expanduser().is_dir() and not is_hub_name(data):
+        raise FileNotFoundError(f"There is no folder {data!r}.")
 
     def compute():
         dataset = gsm8k_module.load_gsm8k(data)
@@ -208,6 +242,7 @@ def latents_sections(
     report: Report, subject: Subject, texts: Sequence[str], block_size: int, num_blocks: int, **settings
 ) -> None:
     """Reconstruction layer by layer, interpolation, what each latent carries, and who reads it."""
+    check_settings(block_size=shared_block_size([subject], block_size), num_blocks=num_blocks, **settings)
     if not _check_latents(report, "latents", "What the latents know", [subject]):
         return
     model, tokenizer = subject.model, subject.tokenizer
@@ -240,6 +275,8 @@ def latents_sections(
 
 def topic_section(report: Report, subject: Subject, name_or_file: str, **settings) -> None:
     """Whether topics can be read from posterior means. settings: of `topic_probe`."""
+    check_settings(**settings)
+    local_files(name_or_file)  # raises where there is none
     if not _check_latents(report, "topic", "Topics", [subject]):
         return
 

@@ -6,7 +6,7 @@ texts (None for a single one), n the number of texts; or {"skipped": why}.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 
@@ -15,13 +15,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..data import collate_blocks
+from ..data import collate_blocks, encode
+from ..data.numbers import check_at_least
 from ..posterior_ltm import IGNORED, negative_log_likelihood, scored_tokens
-from .figures import as_figure, cell, evaluating, figure, markdown_rows, ratio_and_error
+from .figures import as_figure, cell, check_finite, evaluating, figure, markdown_rows, ratio_and_error
 from .sampling import (
     GREEDY,
     MULTINOMIAL,
     WrittenText,
+    check_inference,
     check_room,
     complete_texts,
     context_length,
@@ -56,8 +58,7 @@ def entropy(tokens: Sequence[Hashable]) -> float:
 
 def ngrams(tokens: Sequence[Hashable], n: int) -> list[tuple]:
     """All runs of n tokens, in order. Raises ValueError for n below 1."""
-    if n < 1:
-        raise ValueError(f"n must be 1 or more, got {n}.")
+    check_at_least(1, n=n)
     return [tuple(tokens[start : start + n]) for start in range(len(tokens) - n + 1)]
 
 
@@ -106,12 +107,16 @@ def judged_losses(
     contexts: what the texts follow, tokenised apart from them and not scored.
     A text's first token is conditioned on the judge's begin-of-text token and the context; where there is neither, it
     is not scored. Nor is what lies beyond the judge's context length.
+
+    Raises ValueError for no text, a batch size below 1, and a judge whose weights are not finite.
     """
+    check_at_least(1, batch_size=batch_size, texts=len(texts))
+    check_finite(judge)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = []
     for text, context in zip(texts, contexts or [""] * len(texts), strict=True):
-        before = begin + tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        before, tokens = encode(tokenizer, [context, text])["input_ids"]
+        before = begin + before
         ids, labels = before + tokens, [IGNORED] * len(before) + tokens
         limit = context_length(judge)
         rows.append({"input_ids": ids[:limit] or [0], "labels": labels[:limit] or [IGNORED]})
@@ -130,7 +135,7 @@ def pooled_perplexity(nats: torch.Tensor, counts: torch.Tensor) -> dict:
     if not n:
         return {"skipped": "No text has a token to score."}
     mean, error = ratio_and_error(nats.double(), counts.double(), torch.arange(len(counts)))
-    perplexity = math.exp(mean)
+    perplexity = math.inf if mean >= 700 else math.exp(mean)
     return as_figure(perplexity, perplexity * error, n) | {"num_tokens": int(total)}
 
 
@@ -145,7 +150,7 @@ def text_features(
     Not more than max_length tokens of a text, nor than the model holds. An LTM reads without latents.
     """
     length = min(max_length, context_length(model) or max_length)
-    rows = [tokenizer(text, verbose=False)["input_ids"][:length] for text in texts if text]
+    rows = [row[:length] for row in encode(tokenizer, [text for text in texts if text], begin=True)["input_ids"]]
     rows = [{"input_ids": row} for row in rows if row]
     features = []
     with evaluating(model):
@@ -228,9 +233,13 @@ def text_figures(
         compare.
 
     Returns a dict for JSON: `settings`; `figures`, for each way of writing, each figure; `examples`, texts of each way.
-    A judge or features that cannot be had are skipped, with the reason in their place. Raises ValueError for numbers
-    below 1 and no references, before any computation.
+    A judge or features that cannot be had are skipped, with the reason in their place. Raises ValueError, before any
+    computation, for numbers out of range, no references, and weights that are not finite.
     """
+    check_at_least(1, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    check_at_least(1, prompt_tokens=1 if prompt_tokens is None else prompt_tokens)
+    check_at_least(0, num_examples=num_examples)
+    check_inference(model, num_inference_steps)
     decodings = {"multinomial": MULTINOMIAL, "greedy": GREEDY} if decodings is None else decodings
     check_room(model, [1 if prompt_tokens is None else prompt_tokens], max_new_tokens)
     if not references:
@@ -238,13 +247,13 @@ def text_figures(
     options = {"batch_size": batch_size, "seed": seed, "progress": progress}
     ways, prompts = {}, {}  # texts by way of writing; what they follow, if anything
 
-    bodies = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in references[:n]]
+    bodies = encode(tokenizer, references[:n])["input_ids"]
     ways["texts: references"] = [_cut(tokenizer, body, max_new_tokens) for body in bodies]
     for name, decoding in decodings.items():
         if decoding.do_sample or getattr(model.config, "num_latents", 0):
             ways[f"texts: {name}"] = sample_texts(model, tokenizer, n, max_new_tokens, decoding, **options)
 
-    wholes = [] if prompt_tokens is None else [tokenizer(text, verbose=False)["input_ids"] for text in references]
+    wholes = [] if prompt_tokens is None else encode(tokenizer, references, begin=True)["input_ids"]
     wholes = [ids for ids in wholes if len(ids) > prompt_tokens][:n]
     if wholes:
         heads = [ids[:prompt_tokens] for ids in wholes]
@@ -320,10 +329,15 @@ def _of_tokens(texts: Sequence[WrittenText], split: Callable[[str], list]) -> di
     return {
         "tokens": figure([len(text.tokens) for text in texts]),
         "ended": figure([text.ended for text in texts]),
-        "entropy": figure([entropy(tokens) for tokens in words]),
+        "entropy": _of_defined(entropy(tokens) for tokens in words),
         **{f"distinct_{n}": distinct_n(words, n) for n in (1, 2, 3)},
-        "repetition_4": figure([repetition(tokens, 4) for tokens in words]),
+        "repetition_4": _of_defined(repetition(tokens, 4) for tokens in words),
     }
+
+
+def _of_defined(values: Iterable[float]) -> dict:
+    """A figure over the texts that have one."""
+    return figure([value for value in values if not math.isnan(value)])
 
 
 def _judge(figures, ways, prompts, judge, device, **options) -> None:
@@ -363,7 +377,9 @@ def _loaded(given, device):
     if not isinstance(given, str):
         return given
     try:
-        return AutoModelForCausalLM.from_pretrained(given).to(device), AutoTokenizer.from_pretrained(given)
+        model = AutoModelForCausalLM.from_pretrained(given).to(device)
+        check_finite(model)
+        return model, AutoTokenizer.from_pretrained(given)
     except (OSError, ValueError) as error:
         return f"The model {given!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
 

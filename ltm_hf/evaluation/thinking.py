@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..data.numbers import check_at_least
 from ..flops import training_flops
 from .figures import markdown_rows, with_error
 from .likelihood import score_blocks
@@ -32,8 +33,12 @@ def thinking_curve(
     A row holds `figure`, `num_inference_steps` and `num_latents`; `nats` a token with its `error`; `saved`, what the
     same tokens' loss without latents lies above it, block by block, with its `saved_error`; the `seconds` a block of
     inference and scoring; and `mflops`, 10⁶ FLOPs a token of inference alone by the closed form of `flops`.
-    By Langevin dynamics there is no bound, and no row of one.
+    By Langevin dynamics there is no bound, and no row of one. Figures that are not finite are NaN.
+
+    Raises ValueError as `evaluate_likelihood` does, and for no steps or a number of them below 0.
     """
+    check_at_least(1, steps=len(steps))
+    check_at_least(0, **{f"steps[{index}]": number for index, number in enumerate(steps)})
     rows = []
     for figure, on in (("bound", blocks), ("prefix", prefix_blocks or blocks)):
         shared = dict(batch_size=batch_size, seed=seed, progress=progress)
@@ -48,7 +53,7 @@ def thinking_curve(
             seconds = (time.perf_counter() - start) / len(on)
             scores.nats |= plain.nats
             nats, error = scores.mean(figure)
-            if not math.isfinite(nats):
+            if nats == math.inf and figure == "bound":
                 continue  # a chain ends at a point, which has no bound
             saved, saved_error = scores.mean(_WITHOUT[figure], minus=figure)
             config.num_inference_steps = number
@@ -94,6 +99,7 @@ def plot_thinking(curves: dict[str, list[dict]], path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    curves = {name: [_drawn(row) for row in rows] for name, rows in curves.items()}
     by_latents = len({rows[0]["num_latents"] for rows in curves.values()}) > 1
     figure = Figure(figsize=(17 if by_latents else 11.5, 4.6), layout="constrained")
     level, saved, *rest = figure.subplots(1, 3 if by_latents else 2)
@@ -141,3 +147,8 @@ def plot_thinking(curves: dict[str, list[dict]], path: str | Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc=place)
     figure.savefig(path, dpi=120)
+
+
+def _drawn(row: dict) -> dict:
+    """NaN, which is not drawn, for what JSON has no number for."""
+    return {name: math.nan if value is None else value for name, value in row.items()}

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from datasets import load_dataset
 
-from ..data.corpora import file_type
-from .figures import markdown_rows
+from ..data.corpora import documents_of
+from ..data.files import columns_of, file_type, read_rows, visible
+from ..data.numbers import check_at_least
+from .figures import markdown_rows, with_error
 from .likelihood import Likelihood
 
 # ------------------------------------------------------------------ text as it was before it was tokenised
@@ -156,8 +158,10 @@ def load_zero_shot(
     folder: of local files, laid out as `ZeroShotDataset.local` says; default: the Hub.
     num_documents: so many of them, drawn by the seed; default all.
 
-    Raises ValueError for another name or a data set without text, FileNotFoundError where the folder has no such file.
+    Raises ValueError for another name, a data set without text, what is wrong in a file, by its line, and a number
+    below 1; FileNotFoundError where the folder has no such file.
     """
+    check_at_least(1, num_documents=1 if num_documents is None else num_documents)
     if name not in ZERO_SHOT:
         raise ValueError(f"There is no zero-shot data set {name!r}; there are {', '.join(ZERO_SHOT)}.")
     dataset = ZERO_SHOT[name]
@@ -166,14 +170,10 @@ def load_zero_shot(
         rows = load_dataset(repository, config, split=split, revision=revision)[dataset.column]
         source = f"{repository}, {split}"
     else:
-        files = [file for pattern in dataset.local for file in sorted(Path(folder).glob(pattern))]
+        files = [file for pattern in dataset.local for file in visible(folder, pattern) if file_type(file)]
         if not files:
             raise FileNotFoundError(f"{name}: there is no {' or '.join(dataset.local)} in {str(folder)!r}.")
-        table = load_dataset(file_type(files[0]), data_files=str(files[0]), split="train")
-        column = "text" if "text" in table.column_names else dataset.column
-        if column not in table.column_names:
-            raise ValueError(f"{name}: {files[0].name} has no column {column!r}, only {', '.join(table.column_names)}.")
-        rows = table[column]
+        rows = _rows(dataset, files[0])
         source = f"{files[0].parent.name}/{files[0].name}" + (f" ({dataset.stand_in})" if dataset.stand_in else "")
     texts = [text for text in map(dataset.detokenize, dataset.documents(rows)) if text and not text.isspace()]
     if not texts:
@@ -181,6 +181,17 @@ def load_zero_shot(
     if num_documents is not None and num_documents < len(texts):
         texts = random.Random(seed).sample(texts, num_documents)
     return texts, source
+
+
+def _rows(dataset: ZeroShotDataset, file: Path) -> list[str]:
+    if file_type(file) == "text":
+        ((_, row),) = read_rows(str(file))
+        return row["text"].removesuffix("\n").split("\n")
+    columns = columns_of([str(file)])
+    column = "text" if "text" in columns else dataset.column
+    if column not in columns:
+        raise ValueError(f"{dataset.name}: {file.name} has no column {column!r}, only {', '.join(columns)}.")
+    return [row["text"] for row in documents_of([str(file)], column)]
 
 
 # ------------------------------------------------------------------ tables
@@ -225,10 +236,10 @@ def zero_shot_table(results: dict[str, dict[str, Likelihood]]) -> str:
         ]
 
     def perplexity(likelihood, kind):
-        return f"{likelihood.perplexity(kind):,.2f}" if kind in likelihood else "–"
+        return with_error(likelihood.perplexity(kind), None, 2) if kind in likelihood else "–"
 
     def bits(likelihood, kind):
-        return "{:.3f} ± {:.3f}".format(*likelihood.bits_per_byte[kind]) if kind in likelihood.bits_per_byte else "–"
+        return with_error(*likelihood.bits_per_byte[kind]) if kind in likelihood.bits_per_byte else "–"
 
     published = [
         [f"{model}, published", _SHOWN["released"] if model.startswith("LTM") else "", *_published(values, names)]

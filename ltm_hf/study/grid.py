@@ -1,12 +1,21 @@
 """What a study is made of: settings x models x seeds, as a YAML file says it."""
 
+import inspect
+import re
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
+from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_ltm import LTMConfig
+from ..data import load_corpus
+from ..data.numbers import check_at_least
+from ..evaluation.report import one_line
 from ..flops import count_parameters
 from ..training import LTMTrainingArguments
 
@@ -25,6 +34,13 @@ class Setting:
     tokenizer: int | str = 2048
     config: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_types(self)
+        if isinstance(self.tokenizer, int):
+            check_at_least(258, tokenizer=self.tokenizer)
+        known = inspect.signature(load_corpus).parameters.keys() - {"streaming"}
+        _check_names(sorted(known), self.corpus, "corpus")
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,9 @@ class Model:
     weights_of: str | None = None
     lever: str | None = None
 
+    def __post_init__(self):
+        _check_types(self)
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -63,6 +82,14 @@ class Scoring:
     reinfer_every: int = 32
     batch_size: int = 16
 
+    def __post_init__(self):
+        _check_types(self)
+        for name, number in asdict(self).items():
+            if name not in ("steps", "at"):
+                check_at_least(1, **{name: number})
+        for number in (*self.steps, self.at):
+            check_at_least(0, **{"the number of steps": number})
+
     @property
     def all_steps(self) -> list[int]:
         return sorted({*self.steps, self.at})
@@ -73,6 +100,8 @@ class Study:
     """A comparison: each model in each setting with each seed.
 
     reference: the model, without latents, that differences are from. training: as in `Setting`, of all settings.
+
+    Names of settings and models are those of folders, and hold no more than letters, digits and `_-+.`.
 
     Raises ValueError for fields, models or levers that are not there, and for values that cannot work.
     """
@@ -86,21 +115,36 @@ class Study:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Study":
-        with open(path, encoding="utf-8") as file:
-            given = yaml.safe_load(file) or {}
+        """Raises OSError for a file that cannot be read, and ValueError, which names it, for what is wrong in it."""
+        try:
+            given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            return cls._of(given)
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{path}: {one_line(error)}") from None
+
+    @classmethod
+    def _of(cls, given) -> "Study":
+        """given: what YAML says."""
+        given = dict(_mapping({} if given is None else given, "a study"))
         if missing := {"settings", "models", "reference"} - given.keys():
-            raise ValueError(f"{path}: a study needs {', '.join(sorted(missing))}.")
+            raise ValueError(f"a study needs {', '.join(sorted(missing))}.")
         given.pop("shared", None)  # what other entries refer to by YAML's anchors
-        _check_names(cls, given, "the study")
+        _check_names([field.name for field in fields(cls)], given, "the study")
         for part, kind in (("settings", Setting), ("models", Model)):
-            given[part] = {name: _built(kind, entry or {}, f"{part}: {name}") for name, entry in given[part].items()}
-        given["seeds"] = tuple(given.get("seeds", cls.seeds))
-        scoring = given.get("scoring") or {}
-        scoring |= {"steps": tuple(scoring["steps"])} if "steps" in scoring else {}
-        given["scoring"] = _built(Scoring, scoring, "scoring")
-        return cls(**given)
+            entries = _mapping(given[part], part).items()
+            given[part] = {name: _built(kind, entry, f"{part}: {name}") for name, entry in entries}
+        given["scoring"] = _built(Scoring, given.get("scoring"), "scoring")
+        return cls(**_with_tuples(given))
 
     def __post_init__(self):
+        for name in (*self.settings, *self.models):
+            if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+-]*", name):
+                raise ValueError(f"{name!r} names a folder: it must be a string of letters, digits and '_-+.'.")
+        _check_types(self)
+        if not self.settings or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("A study needs settings, and seeds that differ.")
+        for seed in self.seeds:
+            check_at_least(0, seed=seed)
         if self.reference not in self.models:
             raise ValueError(f"The reference {self.reference!r} is none of the models: {', '.join(self.models)}.")
         for name, model in self.models.items():
@@ -159,8 +203,11 @@ class Study:
         given = self.settings[setting].config | about.config | tokenizer
         unknown = given.keys() - {field.name for field in fields(LTMConfig)} - {"rope_parameters"}
         if unknown:
-            raise ValueError(f"{setting}, {model}: LTMConfig has no {', '.join(sorted(unknown))}.")
-        config = LTMConfig(**given)
+            raise ValueError(f"{setting}, {model}: LTMConfig has no {', '.join(sorted(map(str, unknown)))}.")
+        try:
+            config = LTMConfig(**given)
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise ValueError(f"{setting}, {model}: {one_line(error)}") from None
         if about.parameters_of is None:
             return config
         missing = count_parameters(self.config(setting, about.parameters_of, **tokenizer)) - count_parameters(config)
@@ -171,8 +218,13 @@ class Study:
         """The training arguments of a cell, which is trained in this folder. tokenizer: as for `config`."""
         about = self.models[model]
         given = _TRAINING | self.training | self.settings[setting].training | about.training
-        _check_names(LTMTrainingArguments, given, f"{setting}, {model}: training")
-        arguments = LTMTrainingArguments(output_dir=str(folder), seed=seed, **given)
+        where = f"{setting}, {model}: training"
+        _check_names([field.name for field in fields(LTMTrainingArguments)], given, where)
+        _check_numbers(given, where)
+        try:
+            arguments = LTMTrainingArguments(output_dir=str(folder), seed=seed, **given)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {one_line(error)}") from None
         if about.flops_of is not None:
             other = self.arguments(setting, about.flops_of, folder, seed, **tokenizer)
             ratio = self.flops(setting, about.flops_of, other, **tokenizer)
@@ -191,6 +243,7 @@ _TRAINING = {
     "warmup_steps": 100,
     "logging_steps": 100,
     "save_strategy": "no",
+    "overwrite_output_dir": True,  # of a cell that was not finished
     "report_to": "none",
     "dataloader_pin_memory": False,
 }
@@ -200,15 +253,49 @@ def _references(model: Model) -> tuple[str | None, ...]:
     return model.parameters_of, model.flops_of, model.weights_of
 
 
-def _built(kind: type, given: dict, where: str):
-    _check_names(kind, given, where)
-    return kind(**given)
+# ------------------------------------------------------------------ what YAML says
 
 
-def _check_names(kind: type, given: dict, where: str) -> None:
-    known = [field.name for field in fields(kind)]
+def _mapping(given, what: str) -> dict:
+    if not isinstance(given, dict):
+        raise ValueError(f"{what} must be a mapping of names, not {repr(given)[:40]}.")
+    return given
+
+
+def _built(kind: type, given: dict | None, where: str):
+    """A `Setting`, `Model` or `Scoring`; by its defaults where nothing is given."""
+    given = _mapping({} if given is None else given, where)
+    _check_names([field.name for field in fields(kind)], given, where)
+    try:
+        return kind(**_with_tuples(given))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _with_tuples(given: dict) -> dict:
+    return {name: tuple(x) if name in ("seeds", "steps") and isinstance(x, list) else x for name, x in given.items()}
+
+
+def _check_names(known: list[str], given: dict, where: str) -> None:
     unknown = given.keys() - set(known)
     if unknown:
-        names = ", ".join(sorted(unknown))
-        there = f"; there are {', '.join(known)}" if len(known) < 20 else f" in {kind.__name__}"
-        raise ValueError(f"{where}: there is no {names}{there}.")
+        there = f"; there are {', '.join(known)}" if len(known) < 20 else " in LTMTrainingArguments"
+        raise ValueError(f"{where}: there is no {', '.join(sorted(map(str, unknown)))}{there}.")
+
+
+def _check_types(given) -> None:
+    """Raise a ValueError for a field that is not what it is declared as."""
+    for name, kind in get_type_hints(type(given)).items():
+        try:
+            type_validator(name, getattr(given, name), kind)
+        except TypeError as error:
+            raise ValueError(one_line(error)) from None
+
+
+def _check_numbers(training: dict, where: str) -> None:
+    """Raise a ValueError for what is no number where the default is one: transformers finds it out late."""
+    for known in fields(LTMTrainingArguments):
+        value, default = training.get(known.name, 0), known.default
+        is_number = default is not MISSING and isinstance(default, Real)
+        if is_number and not isinstance(value, Real):
+            raise ValueError(f"{where}: {known.name} must be a number, not {value!r}; YAML writes 1.0e-3, not 1e-3.")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..evaluation.figures import markdown_rows, mean_and_error, ratio_and_error
+from ..evaluation.figures import markdown_rows, mean_and_error, ratio_and_error, with_error
 from .grid import Study
 
 Cells = dict[tuple[str, str, int], dict]  # by setting, model and seed
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
     def __str__(self):
         errors = [f"± {error:.4f}" for error in self[1:] if not math.isnan(error)]
-        return " ".join([f"{self.value:.4f}", *errors])
+        return " ".join([with_error(self.value, None, 4), *errors])
 
 
 def estimate(cells: Seeds, figure: str, minus: Seeds | None = None, other: str = "") -> Estimate:
@@ -33,11 +33,17 @@ def estimate(cells: Seeds, figure: str, minus: Seeds | None = None, other: str =
         return Estimate(math.nan, math.nan, math.nan)
     score = cells[seeds[0]]["scores"][figure]
     tokens, documents = torch.tensor(score["tokens"]).double(), torch.tensor(score["documents"])
-    nats = torch.tensor([cells[seed]["scores"][figure]["nats"] for seed in seeds]).double()  # (seeds, blocks)
+    nats = _nats(cells, seeds, figure)
     if minus:
-        nats -= torch.tensor([minus[seed]["scores"][other]["nats"] for seed in seeds]).double()
+        nats -= _nats(minus, seeds, other)
     value, over_documents = ratio_and_error(nats.mean(dim=0), tokens, documents)
     return Estimate(value, over_documents, mean_and_error(nats.sum(dim=1) / tokens.sum())[1])
+
+
+def _nats(cells: Seeds, seeds: list[int], figure: str) -> torch.Tensor:
+    """(seeds, blocks); NaN for what was not finite."""
+    rows = [cells[seed]["scores"][figure]["nats"] for seed in seeds]
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in rows]).double()
 
 
 def in_words(study: Study, cells: Cells) -> str:
@@ -91,7 +97,7 @@ def _costs(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str:
         cells, other = by_model[name], None if name == study.reference else reference
         one, known = next(iter(cells.values())), _figures(cells)
         bound, prefix = (f"bound@{at}", f"prefix@{at}") if f"bound@{at}" in known else ("exact", "prefix_exact")
-        figures = {figure: f"{estimate(cells, figure).value:.4f}" for figure in known}
+        figures = {figure: with_error(estimate(cells, figure).value, None, 4) for figure in known}
         bound_above, reinfer_above, prefix_above = (
             "" if other is None or figure not in known else str(estimate(cells, figure, other, exact))
             for figure, exact in ((bound, "exact"), ("reinfer", "exact"), (prefix, "prefix_exact"))
@@ -109,7 +115,7 @@ def _thinking(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str
     rows = [["model", "", *map(str, steps)]]
     for name in names:
         for kind in ("bound", "prefix"):
-            values = [f"{estimate(by_model[name], f'{kind}@{number}').value:.4f}" for number in steps]
+            values = [with_error(estimate(by_model[name], f"{kind}@{n}").value, None, 4) for n in steps]
             rows.append([name, kind, *values])
         if reference := by_model.get(study.reference):
             above = [str(estimate(by_model[name], f"prefix@{number}", reference, "prefix_exact")) for number in steps]

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from ..data.files import local_files
 from ..evaluation.report import kept, write_whole
 from .cell import Lever, prepare, score_cell, train_cell
 from .grid import Study
@@ -24,14 +25,19 @@ def run_study(
 
     only: names of "settings", "models" or "seeds". levers: what the models' `lever` refer to, by name.
 
-    Returns the tables. Raises ValueError before any training for names that are not there.
+    Returns the tables. Raises ValueError or OSError, before any training, for names and files that are not there.
     """
     folder, levers = Path(folder), {None: Lever()} | dict(levers or {})
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file: name a folder for the study.")
     for name, model in study.models.items():
         if model.lever not in levers:
             there = ", ".join(lever for lever in levers if lever) or "none"
             raise ValueError(f"{name}: there is no lever {model.lever!r}; there are: {there}.")
     todo = list(study.cells(only))
+    for setting in dict.fromkeys(setting for setting, _, _ in todo):
+        if (files := study.settings[setting].corpus.get("name_or_files")) is not None:
+            local_files(files)  # raises where one is missing
     for number, cell in enumerate(todo, start=1):
         print(f"Cell {number} of {len(todo)}: {', '.join(map(str, cell))}", flush=True)
         _cell(study, folder, *cell, levers)

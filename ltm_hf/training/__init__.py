@@ -3,6 +3,7 @@
 from .arguments import DualRateArguments, LTMTrainingArguments
 from .card import add_to_model_index, write_model_card
 from .curves import plot_curves
+from .folder import check_run
 from .trainer import DualRateMixin, LTMTrainer
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "LTMTrainer",
     "LTMTrainingArguments",
     "add_to_model_index",
+    "check_run",
     "plot_curves",
     "write_model_card",
 ]

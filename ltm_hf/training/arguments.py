@@ -1,27 +1,48 @@
 """Training arguments with the paper's values as defaults (section 4, "Training")."""
 
 import copy
+import json
 import math
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.optimization import get_scheduler
 
 from ..flops import TrainingFlops, training_flops
+from .numbers import check_numbers
 from .sharding import GATHER_DURING_INFERENCE
 
 SLOW_GRADIENTS = ("final", "trajectory", "unrolled", "online")
 INFER_FROM = ("labels", "text", "prompt")
 SLOW_OPTIMIZERS = ("adamw", "muon")
 
+AT_LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "learning_rate": 0, "weight_decay": 0, "adam_epsilon": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0,
+    "num_inference_steps": 0, "num_inference_steps_min": 0, "kl_annealing_steps": 0,
+}  # fmt: skip
+LOWER_IS_BETTER = ("loss", "perplexity_bound", "nll", "no_latents", "from_prompt")
+SECRETS = ("_token", "_key", "password", "secret")  # ends of names
+TOKENS = ("eos_token", "pad_token", "bos_token", "unk_token")  # which are none
+
 
 @dataclass
 class DualRateArguments:
     """What `DualRateMixin` reads: to be placed before any `TrainingArguments`, as the mixin before any `Trainer`.
 
-    Raises ValueError for a value that cannot work.
+    Raises ValueError for a value that cannot work. Pickled, as in each checkpoint's training_args.bin, they are without
+    `hub_token` and other secrets.
     """
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Train anew in an output_dir that holds a model or checkpoints, which is refused otherwise unless "
+            "the run resumes. Its checkpoints are deleted when training starts, and its model replaced when one is "
+            "saved. Where there is a checkpoint to resume from, resume_from_checkpoint comes first."
+        },
+    )
     include_num_input_tokens_seen: str | bool = field(
         default=True, metadata={"help": "Count the tokens read, padding too, for the model card."}
     )
@@ -107,6 +128,7 @@ class DualRateArguments:
     )
 
     def __post_init__(self):
+        check_numbers(self)
         named = {
             "slow_gradient": SLOW_GRADIENTS,
             "infer_from": INFER_FROM,
@@ -116,42 +138,89 @@ class DualRateArguments:
         for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
-        if self.num_inference_steps is not None and self.num_inference_steps < 0:
-            raise ValueError(f"num_inference_steps must be 0 or more, got {self.num_inference_steps}.")
-        if self.num_inference_steps_min is not None and self.num_inference_steps_min < 0:
-            raise ValueError(f"num_inference_steps_min must be 0 or more, got {self.num_inference_steps_min}.")
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name} must be {least} or more, got {value}.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps must be 1 or more, or -1 for num_train_epochs; got {self.max_steps}.")
         if not 0 <= self.inference_start_ratio < 1:
             raise ValueError(f"inference_start_ratio must be at least 0 and below 1, got {self.inference_start_ratio}.")
-        if self.kl_annealing_steps < 0:
-            raise ValueError(f"kl_annealing_steps must be 0 or more, got {self.kl_annealing_steps}.")
         for name in ("inference_learning_rate", "inference_learning_rate_end", "muon_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not 0 < rate < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {rate}.")
+        for name in getattr(self, "_VALID_DICT_FIELDS", ()):  # which may be the path of a file, too
+            if isinstance(value := getattr(self, name), str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except ValueError as error:
+                    raise ValueError(f"{name} must be JSON, got {value!r}: {error}.") from None
         if self.label_smoothing_factor:
             raise ValueError("label_smoothing_factor must be 0: a smoothed loss is no likelihood, and bounds nothing.")
+        if self.label_names not in (None, ["labels"]):
+            raise ValueError(
+                f"label_names must be ['labels'], the column that says what is scored; got {self.label_names}."
+            )
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(LOWER_IS_BETTER):
+            self.greater_is_better = False  # Trainer knows it of names that end with "loss" alone
         super().__post_init__()
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # transformers' old and new
             if (getattr(self, name, None) or {}).get("use_reentrant"):
                 raise ValueError(f"{name}: use_reentrant must be False; reentrant checkpoints cannot give ∂NLL/∂z.")
-        if self.slow_optimizer == "muon":
-            if self.deepspeed_plugin is not None:
-                raise ValueError(
-                    "slow_optimizer='muon' needs whole matrices, and DeepSpeed's ZeRO flattens them: take 'adamw'."
-                )
-            if not hasattr(torch.optim, "Muon"):
-                raise ValueError(
-                    f"slow_optimizer='muon' needs torch 2.9 or later, got {torch.__version__}: take 'adamw'."
-                )
-            if self.optim not in ("adamw_torch", "adamw_torch_fused"):
-                optim = getattr(self.optim, "value", self.optim)
-                raise ValueError(
-                    f"Beside slow_optimizer='muon', optim must be adamw_torch or adamw_torch_fused, got {optim!r}."
-                )
-            if self.muon_learning_rate is None:
-                self.muon_learning_rate = 2 * self.learning_rate
-        elif self.muon_learning_rate is not None:
-            raise ValueError("muon_learning_rate is for slow_optimizer='muon'.")
+        self._check_schedule()
+        self._check_slow_optimizer()
+
+    def _check_schedule(self) -> None:
+        """Complete what a schedule needs, and make one before there is anything to lose."""
+        name = self.lr_scheduler_type.value
+        if self.lr_scheduler_kwargs is None and "min_lr" in name:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
+        if self.lr_scheduler_kwargs is None and name == "warmup_stable_decay" and self.max_steps > 0:
+            self.lr_scheduler_kwargs = {"num_decay_steps": math.ceil(self.max_steps / 10), "min_lr_ratio": 0.1}
+        given = f"lr_scheduler_kwargs={self.lr_scheduler_kwargs} with lr_scheduler_type={name!r}"
+        if self.lr_scheduler_kwargs and name in ("constant", "constant_with_warmup"):
+            raise ValueError(f"{given}: this schedule takes none.")
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        try:
+            get_scheduler(
+                name, optimizer, num_warmup_steps=1, num_training_steps=100,
+                scheduler_specific_kwargs=self.lr_scheduler_kwargs,
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{given}: {error}") from error
+
+    def _check_slow_optimizer(self) -> None:
+        if self.slow_optimizer != "muon":
+            if self.muon_learning_rate is not None:
+                raise ValueError("muon_learning_rate is for slow_optimizer='muon'.")
+            return
+        if self.deepspeed_plugin is not None:
+            raise ValueError(
+                "slow_optimizer='muon' needs whole matrices, and DeepSpeed's ZeRO flattens them: take 'adamw'."
+            )
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"slow_optimizer='muon' needs torch 2.9 or later, got {torch.__version__}: take 'adamw'.")
+        if self.optim not in ("adamw_torch", "adamw_torch_fused"):
+            optim = getattr(self.optim, "value", self.optim)
+            raise ValueError(
+                f"Beside slow_optimizer='muon', optim must be adamw_torch or adamw_torch_fused, got {optim!r}."
+            )
+        if self.muon_learning_rate is None:
+            self.muon_learning_rate = 2 * self.learning_rate
+
+    def __getstate__(self) -> dict:
+        return without_secrets(vars(self))
+
+    def __copy__(self):
+        twin = object.__new__(type(self))  # with its secrets: it stays in this process
+        vars(twin).update(vars(self))
+        return twin
+
+    def __deepcopy__(self, memo):
+        twin = memo[id(self)] = copy.copy(self)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def inference_steps(self, config) -> tuple[int, int]:
         """The least and the most fast steps of a slow step of this model. Raises ValueError if least is above most."""
@@ -200,8 +269,19 @@ class LTMTrainingArguments(DualRateArguments, TrainingArguments):
     warmup_steps: float = field(default=1000, metadata={"help": "Warm-up steps; below 1, a share of all steps."})
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Schedule of the learning rate."})
     lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Arguments of the schedule, as JSON."}
+        default=None,
+        metadata={"help": "Arguments of the schedule, as JSON; default: to a tenth, for one that ends above zero."},
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "The slow step uses every parameter, so that DDP need not look for others."}
     )
+
+
+def without_secrets(value):
+    """A copy of a dictionary, and of those in it, without what its name calls a secret."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: None if str(name).endswith(SECRETS) and name not in TOKENS else without_secrets(entry)
+        for name, entry in value.items()
+    }

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_ltm import InferenceSettings
 from ..evaluation import Likelihood, markdown_table
+from ..evaluation.figures import with_error
 from ..flops import count_parameters, paper_training_flops, training_flops
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"  # in a wheel the folder lies inside the package,
@@ -38,6 +40,8 @@ def write_model_card(
 ) -> ModelCard:
     """Write `folder/README.md`, the model card of an `LTMForCausalLM`. What is None, the card calls not recorded.
 
+    Of a file or folder on this machine the metadata, which the Hub shows, has the last part of the name alone.
+
     name: best the model's repository on the Hub: the card shows how to load it by this name.
     license, language, tags: metadata of the Hub; the license is that of the weights.
     dataset_name, dataset_license: training data, `owner/name` for a data set of the Hub, or any words.
@@ -56,7 +60,8 @@ def write_model_card(
         raise ValueError("name must not be empty: it is the card's title, and what the model is loaded by.")
     config = model.config
     tags = [tags] if isinstance(tags, str) else tags
-    dataset_name = ", ".join(dataset_name) if isinstance(dataset_name, list) else dataset_name
+    names = dataset_name if isinstance(dataset_name, list) else [dataset_name] if dataset_name else []
+    dataset_name = ", ".join(_public(name) for name in names) or None
     if isinstance(likelihood, Likelihood):
         likelihood = {dataset_name or "unknown data": likelihood}
     honest, released = _apart(likelihood or {})
@@ -72,7 +77,7 @@ def write_model_card(
         base_model=base_model,
         datasets=[dataset_name] if on_hub else None,
         metrics=["perplexity"] if results else None,
-        model_name=name if results else None,
+        model_name=_public(name) if results else None,
         eval_results=results or None,
     )
     training = {
@@ -95,9 +100,9 @@ def write_model_card(
         sequence_length=sequence_length,
         cost=_cost(config, training_arguments, sequence_length, num_training_tokens),
         figures=markdown_table(honest) if honest else None,
-        measured={data: (figures, _perplexity(figures)) for data, figures in honest.items()},
+        measured={data: (figures, _in_words(_perplexity(figures))) for data, figures in honest.items()},
         measured_steps=config.num_inference_steps if num_inference_steps is None else num_inference_steps,
-        released=released,
+        released={data: _in_words(perplexity) for data, perplexity in released.items()},
     )
     card.save(Path(folder) / "README.md")
     return card
@@ -133,7 +138,7 @@ def _results(honest: dict[str, Likelihood]) -> list[EvalResult]:
 def _apart(likelihoods: dict[str, Likelihood]) -> tuple[dict[str, Likelihood], dict[str, float]]:
     """The figures without those of the released protocol, and the perplexities under that protocol, by data."""
     honest, released = {}, {}
-    for data, likelihood in likelihoods.items():
+    for data, likelihood in ((_public(data), likelihood) for data, likelihood in likelihoods.items()):
         figures = {name: figure for name, figure in likelihood.figures.items() if name != "released"}
         if figures:
             honest[data] = Likelihood(figures, likelihood.num_tokens, likelihood.num_blocks)
@@ -146,6 +151,10 @@ def _perplexity(likelihood: Likelihood) -> float | None:
     """A bound with latents, unless they are from the prompt alone; exact for a model that has none."""
     name = next((name for name in ("bound", "from_prompt", "no_latents") if name in likelihood), None)
     return name and likelihood.perplexity(name)
+
+
+def _in_words(perplexity: float | None) -> str | None:
+    return None if perplexity is None else with_error(perplexity, None, 2)
 
 
 def _metrics(likelihood: Likelihood) -> list[tuple[str, float, str]]:
@@ -266,4 +275,25 @@ def _flops(number: float) -> str:
 
 def _is_on_hub(name: str | None) -> bool:
     """Whether a name has the form that the Hub takes for an id; files can have it too."""
-    return name is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).exists()
+    return name is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not os.path.exists(name)
+
+
+def _public(name: str) -> str:
+    """A name without the path to it, if it is one on this machine."""
+    local = name.startswith(("/", "./", "../", "~")) or "\\" in name or os.path.exists(name)
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or "local data" if local else name
+
+
+def remove_local_base(folder: str | Path) -> None:
+    """From the card of another library in a folder, if there is one: the path of a base model on this machine."""
+    path = Path(folder) / "README.md"
+    if not path.is_file():
+        return
+    card = ModelCard.load(path)
+    base = card.data.base_model
+    if not isinstance(base, str) or _is_on_hub(base) or _public(base) == base:
+        return
+    card.data.base_model = None
+    card.data.tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")] or None
+    card.text = card.text.replace(base, _public(base))
+    card.save(path)

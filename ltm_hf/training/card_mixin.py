@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from ..evaluation import Likelihood
-from .card import write_model_card
+from .card import remove_local_base, write_model_card
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ class ModelCardMixin:
 
     A card tells the step that made the weights beside it (the best one, once `load_best_model_at_end` has loaded it),
     the tokens read by then, and the figures of the evaluation at that step, or none. It replaces a README.md that is
-    there. A card that cannot be written is a warning, and the run goes on. An adapter (PEFT) keeps its library's card.
+    there. A card that cannot be written is a warning, and the run goes on. An adapter (PEFT) keeps its library's card,
+    but for the path of a base model on this machine.
 
     card_facts: arguments of `write_model_card`, where the trainer does not know them or not as you want them.
     Raises TypeError for a name that `write_model_card` does not take.
@@ -46,7 +47,10 @@ class ModelCardMixin:
         facts = dict(language=language, license=license, tags=tags, model_name=model_name, **facts)
         facts = {name: fact for name, fact in facts.items() if fact is not None}
         if not self._has_card():
-            return super().create_model_card(**facts)
+            super().create_model_card(**facts)
+            if self.is_world_process_zero():
+                remove_local_base(self.args.output_dir)
+            return
         if (self.hub_model_id or "").endswith(f"/{model_name}"):
             facts["model_name"] = self.hub_model_id  # push_to_hub leaves the owner out, and without one nothing loads
         if self.is_world_process_zero():
@@ -58,6 +62,8 @@ class ModelCardMixin:
         super()._save(output_dir, state_dict)
         if self.args.should_save and self._has_card():
             self._write_card(output_dir or self.args.output_dir, {})
+        elif self.args.should_save:
+            remove_local_base(output_dir or self.args.output_dir)
 
     def _has_card(self) -> bool:
         return isinstance(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), PreTrainedModel)

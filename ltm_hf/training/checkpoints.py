@@ -2,160 +2,163 @@
 
 import json
 import os
+import secrets
 import shutil
+import signal
 import threading
-import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import logging
+
+from .fingerprint import FINGERPRINT, check_same_run, fingerprint, hyperparameters, set_hyperparameters
+from .folder import (
+    UNFINISHED,
+    check_free,
+    check_whole,
+    checkpoints,
+    delete,
+    flaw,
+    latest_whole_checkpoint,
+    locked,
+    missing,
+    opens,
+    publish,
+    resume_choice,
+    rotate,
+    set_aside,
+)
+
+__all__ = ["TERMINATED", "CheckpointMixin", "flaw", "latest_whole_checkpoint"]
 
 logger = logging.get_logger(__name__)
 
-UNFINISHED = "_unfinished"  # where a checkpoint is written; what begins with _ is never pushed to the Hub
-FILES = "files.json"  # names and sizes of a checkpoint's files, written last
 RUN_STATE = "run_state_{}.pt"  # of each process
 TERMINATED = 143  # exit status after SIGTERM, as of any program that it ends (128 + 15)
-
-TEXT = {".json", ".md", ".py", ".txt", ".jinja"}  # a person may edit these
-YES, NO = {"true", "last"}, {"false", "none", ""}
-
-
-def flaw(checkpoint: str | Path) -> str | None:
-    """What makes a checkpoint unfit to resume from, in words; None if it is whole.
-
-    Checkpoints of other trainers hold no list of their files: in these it is only seen that no file is cut off.
-    """
-    checkpoint = Path(checkpoint)
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        sizes = checkpoint / FILES
-        sizes = json.loads(sizes.read_text(encoding="utf-8")) if sizes.is_file() else None
-    except OSError:
-        return f"it has no {TRAINER_STATE_NAME}"
-    except ValueError:
-        return f"its {TRAINER_STATE_NAME} or {FILES} is cut off"
-    for name, size in (sizes or {}).items():
-        file = checkpoint / name
-        if not file.is_file():
-            return f"it has no {name}"
-        if file.stat().st_size != size:
-            return f"its {name} has {file.stat().st_size} bytes, not {size}"
-    if sizes is None:
-        for file in sorted(path for path in checkpoint.rglob("*") if not _opens(path)):
-            return f"its {file.relative_to(checkpoint)} is cut off"
-    return None
-
-
-def _opens(file: Path) -> bool:
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt"):
-                return True
-        except SafetensorError:
-            return False
-    return file.suffix not in (".pt", ".pth", ".bin") or zipfile.is_zipfile(file)  # as torch.save writes them
-
-
-def latest_whole_checkpoint(folder: str | Path) -> str | None:
-    """The latest checkpoint in a folder that can be resumed from, or None.
-
-    Torn ones after it are renamed to torn-checkpoint-…, with a warning, so that nothing takes them for the latest.
-    """
-    while os.path.isdir(folder) and (path := get_last_checkpoint(folder)):
-        reason = flaw(path)
-        if reason is None:
-            return path
-        aside = Path(folder, f"torn-{Path(path).name}")
-        logger.warning(f"The checkpoint {path} is torn ({reason}): skipped, and renamed to {aside.name}.")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
-    return None
-
-
-def _publish(staged: Path, final: Path) -> None:
-    """Rename a written checkpoint to its name: from then on it is there as a whole, also after a power cut."""
-    sizes = {
-        str(file.relative_to(staged)): file.stat().st_size
-        for file in sorted(staged.rglob("*"))
-        if file.is_file() and file.suffix not in TEXT
-    }
-    (staged / FILES).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
-    for path in [*staged.rglob("*"), staged]:
-        _sync(path)
-    if final.exists():  # of a run that was resumed from before
-        final.rename(staged.parent / f"replaced-{final.name}")
-    staged.rename(final)
-    _sync(final.parent)
-    shutil.rmtree(staged.parent, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+FULL = 1 << 20  # bytes: a disk with fewer free ones is full
 
 
 class CheckpointMixin:
     """Before any `Trainer`: a run that is killed and resumed logs what one that was left alone would have logged.
 
-    Checkpoints are written to `output_dir/_unfinished` and renamed. Beside Trainer's files they hold each process's
-    `run_state_….pt`: the sums that the next log will be the mean of, and what other mixins add by `_run_state`.
-    On SIGTERM a run that saves checkpoints (`save_strategy`, or `enable_jit_checkpoint`) ends its step, saves, and
-    leaves with exit status 143, on all processes at the same step.
+    Checkpoints are written to a folder of the run's own in `output_dir` and renamed when they are whole. Beside
+    Trainer's files they hold the run's `fingerprint`, checksums, and each process's `run_state_….pt`: the sums that the
+    next log will be the mean of, and what other mixins add by `_run_state`. While a run trains it has the folder for
+    itself. `save_total_limit` goes by steps, and deletes neither the checkpoint just written nor the best.
+    On SIGTERM a run ends its step, or breaks off its evaluation (to repeat it when resumed), saves, and leaves with
+    exit status 143, on all processes at the same step.
     """
 
     def __init__(self, *args, **kwargs):
         self._saving = False
+        self._staging = UNFINISHED
+        self._fingerprint = None
         self._restored = []  # the run states of the checkpoint that training resumes from
         self._last_checkpoint = None
         self._first_step = 0  # that `_total_loss_scalar` counts from
+        self._evaluation_due = False  # of the step that was resumed from
         super().__init__(*args, **kwargs)
         if self.args.enable_jit_checkpoint:  # the library's saves in the middle of a step, which cannot be repeated
             self.pop_callback(JITCheckpointCallback).on_train_end(None, None, None)
-        self.add_callback(_RunCallback(self))
+        self._signals = _RunCallback(self)
+        self.add_callback(self._signals)
 
     # ---------------------------------------------------------------- resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """`Trainer.train`. True or "last" resume from the latest whole checkpoint, and start anew if there is none.
 
-        Raises ValueError for the path of a checkpoint that is torn or not there.
+        None: what the training arguments say. Raises ValueError for a checkpoint that is torn, not there or of another
+        run (see `fingerprint`), and for an `output_dir` that holds a model or checkpoints unless it is resumed from or
+        `overwrite_output_dir` is set; OSError if another run is writing there.
         """
-        return super().train(self._checkpoint_to_resume(resume_from_checkpoint), *args, **kwargs)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        with ExitStack() as stack:
+            resumed, self._staging, self._fingerprint = self._on_main_process(
+                lambda: self._enter_folder(resume_from_checkpoint, stack)
+            )
+            stack.callback(self._signals.stop_listening)
+            self._last_checkpoint = resumed
+            return super().train(resumed, *args, **kwargs)
 
-    def _checkpoint_to_resume(self, choice) -> str | None:
-        choice = str(choice).lower() in YES or (None if str(choice).lower() in NO else choice)
-        if choice not in (True, None) and (reason := flaw(choice)):
-            raise ValueError(f"Cannot resume from {choice}: {reason}. The latest whole checkpoint: 'last'.")
-        if self.is_local_process_zero():
-            shutil.rmtree(Path(self.args.output_dir, UNFINISHED), ignore_errors=True)  # of a run that was killed
-        found = [choice]
+    def _enter_folder(self, resume_from_checkpoint, stack: ExitStack) -> tuple[str | None, str, dict]:
+        """The checkpoint to resume from, where to write new ones, and the fingerprint; the folder is ready for them."""
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        alone = stack.enter_context(locked(folder))
+        choice = resume_choice(resume_from_checkpoint)
         if choice is True:
-            if self.is_world_process_zero():
-                found = [latest_whole_checkpoint(self.args.output_dir)]
-            broadcast_object_list(found)
-            logger.warning(f"Resuming from {found[0]}." if found[0] else "No checkpoint yet: training starts anew.")
-        self._last_checkpoint = found[0]
-        return found[0]
+            choice = latest_whole_checkpoint(folder)
+            logger.warning(f"Resuming from {choice}." if choice else "No checkpoint yet: training starts anew.")
+        elif choice is not None:
+            check_whole(choice)
+        check_free(folder, choice, self.args.overwrite_output_dir)
+        mine = fingerprint(self)
+        staging = f"{UNFINISHED}-{secrets.token_hex(4)}"
+        if choice is not None:
+            check_same_run(choice, mine)
+        self._clear(folder, choice, folder / staging)
+        for left in folder.glob(f"{UNFINISHED}*") if alone else ():  # by runs that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        return None if choice is None else str(choice), staging, mine
+
+    def _clear(self, folder: Path, resumed: str | Path | None, bin: Path) -> None:
+        """Of checkpoints that are not this run's, so that neither "last" nor rotation takes them for its own."""
+        if resumed is not None and Path(resumed).resolve().parent == folder.resolve():
+            step = json.loads(Path(resumed, TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+            for later in checkpoints(folder):
+                if int(later.name.rsplit("-", 1)[1]) >= step and not later.samefile(resumed):
+                    logger.warning(f"{later} is of steps that are taken anew: renamed to {set_aside(later, 'old')}.")
+        elif self.args.overwrite_output_dir:
+            for checkpoint in checkpoints(folder):
+                delete(checkpoint, bin)
+
+    def _on_main_process(self, work):
+        """What the main process's work gives, on all of them; or its error."""
+        outcome = [None, None]
+        if self.is_world_process_zero():
+            try:
+                outcome[0] = work()
+            except (OSError, ValueError) as error:
+                outcome[1] = error
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial):
         self._restored = []
         if resume is not None:
             files = sorted(Path(resume).glob(RUN_STATE.format("*")), key=lambda file: int(file.stem.rsplit("_", 1)[1]))
             self._restored = [torch.load(file, map_location="cpu", weights_only=True) for file in files]
-        return super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
+        found = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, resume, trial)
+        self.state.compute_steps(self.args, max_steps)  # to log, evaluate and save at: as now, not as in the checkpoint
+        return found
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self._hyperparameters = hyperparameters(self.optimizer if optimizer is None else optimizer)
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            set_hyperparameters(self.optimizer, self.lr_scheduler, self._hyperparameters)
 
     def _run_epoch(self, **kwargs):
+        if self._evaluation_due:
+            self._evaluation_due = False
+            metrics = self._evaluate(kwargs["trial"], kwargs["ignore_keys_for_eval"])
+            self._determine_best_metric(metrics=metrics, trial=kwargs["trial"])
+            if self.control.should_training_stop:
+                return
         if self.state.global_step < self.state.max_steps:
             return super()._run_epoch(**kwargs)
         self.control.should_training_stop = True  # killed after the last step: Trainer would take one more
@@ -167,11 +170,13 @@ class CheckpointMixin:
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "first_step": self._first_step,
+            "evaluation_due": self._evaluation_due,
         }
 
     def _begin_run(self, states: list[dict]) -> None:
         """Training begins, with the run states of all processes of the run that is resumed, or none."""
         self._first_step = states[0]["first_step"] if states else self.state.global_step
+        self._evaluation_due = bool(states) and states[0]["evaluation_due"]
         if not states:
             return
         losses = [state["loss"] for state in states]
@@ -185,36 +190,76 @@ class CheckpointMixin:
             logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - self._first_step)
         super().log(logs, start_time)
 
+    def _finalize_training(self, *args, **kwargs):
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None  # Trainer would delete the last checkpoint, for the best to be the only one
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     # ---------------------------------------------------------------- saving
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNFINISHED) if self._saving else folder
+        return os.path.join(folder, self._staging) if self._saving else folder
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        staged, final = folder / UNFINISHED / name, folder / name
+        staged, final = folder / self._staging / name, folder / name
         self._saving = True
         try:
             super()._save_checkpoint(model, trial)
+            self._complete(staged, final)
+            self.accelerator.wait_for_everyone()
+            for in_turn in (self.args.should_save, self.is_local_process_zero()):  # nodes may have disks of their own
+                if in_turn and staged.is_dir():
+                    publish(staged, final)
+                self.accelerator.wait_for_everyone()
+        except BaseException as error:
+            full = _is_full(folder)
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            _tell(error, f"{final} could not be written, and nothing of it is left", f"; {self._way_back()}", full)
+            raise
         finally:
             self._saving = False
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
-        self.accelerator.wait_for_everyone()
-        for in_turn in (self.args.should_save, self.is_local_process_zero()):  # nodes may have disks of their own
-            if in_turn and staged.is_dir():
-                _publish(staged, final)
-            self.accelerator.wait_for_everyone()
         self._last_checkpoint = str(final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:  # only now, with the new one whole
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder), self.args.save_total_limit, best, use_mtime=True)
+            keep = {name, Path(self.state.best_model_checkpoint or final).name}
+            rotate(folder, self.args.save_total_limit, keep, folder / self._staging)
+
+    def _complete(self, staged: Path, final: Path) -> None:
+        """What Trainer does not write, or writes by the name of the folder that it wrote to."""
+        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+        if best == final or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        if not self.args.should_save:
+            return
+        self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        (staged / FINGERPRINT).write_text(json.dumps(self._fingerprint, indent=2), encoding="utf-8")
+        if reason := missing(staged, state=not self.args.save_only_model):
+            raise OSError(f"{final.name} is not whole ({reason}).")
+
+    def _save(self, output_dir=None, state_dict=None):
+        try:
+            super()._save(output_dir, state_dict)
+        except BaseException as error:
+            if not self._saving:  # a checkpoint is cleared as a whole
+                folder = Path(output_dir or self.args.output_dir)
+                full = _is_full(folder)
+                for file in folder.glob("*.safetensors"):
+                    if not opens(file):
+                        file.unlink()
+                _tell(error, f"The model could not be written to {folder}", ".", full)
+            raise
+
+    def _way_back(self) -> str:
+        if self._last_checkpoint is None:
+            return "no checkpoint has been saved."
+        return f"the last good checkpoint is {self._last_checkpoint}."
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -231,40 +276,59 @@ class CheckpointMixin:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum") > 0)
 
 
-class _RunCallback(JITCheckpointCallback):
-    """The library's answer to SIGTERM, but after a whole step, on all processes, and by Trainer's ordinary save."""
+def _is_full(folder: Path) -> bool:
+    return folder.is_dir() and shutil.disk_usage(folder).free < FULL
+
+
+def _tell(error: BaseException, what: str, end: str, full: bool) -> None:
+    """Raise an OSError in one sentence if it is the disk that failed; torch says so in words of its own."""
+    if isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error):
+        cause = "the disk is full" if full else str(error).partition("\n")[0]
+        raise OSError(f"{what}: {cause}{end}") from error
+
+
+class _RunCallback(TrainerCallback):
+    """SIGTERM is answered after a whole step, or between two batches of an evaluation, by Trainer's ordinary save."""
 
     def __init__(self, trainer):
-        super().__init__()
         self.trainer = trainer
-        self.terminating = False
+        self._asked = self._listens = False
+        self._handler = None  # that was there before
+        self._start = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._start = state.global_step
         self.trainer._begin_run(self.trainer._restored)
-        wanted = args.enable_jit_checkpoint or args.save_strategy != "no"
-        if wanted and threading.current_thread() is threading.main_thread():
-            self.jit_manager = CheckpointManager(self.trainer, kill_wait=0)
-            self.jit_manager.setup_signal_handler()
+        if not self._listens and threading.current_thread() is threading.main_thread():
+            self._handler, self._listens = signal.signal(signal.SIGTERM, self._ask), True
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        pass
+    def _ask(self, *_) -> None:
+        self._asked = True
 
-    def on_step_begin(self, args, state, control, **kwargs):
-        pass
+    def stop_listening(self) -> None:
+        if self._listens:
+            signal.signal(signal.SIGTERM, self._handler or signal.SIG_DFL)
+        self._asked = self._listens = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.jit_manager is not None and self.trainer._any(self.jit_manager.is_checkpoint_requested):
-            self.terminating = control.should_save = True
+        if self.trainer._any(self._asked):
+            control.should_save = True
 
-    def on_epoch_end(self, args, state, control, **kwargs):
-        pass
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self._listens and self.trainer._any(self._asked):
+            if state.global_step > self._start:
+                self.trainer._evaluation_due = True
+                self.trainer._save_checkpoint(self.trainer.model_wrapped, trial=getattr(self.trainer, "_trial", None))
+            self._leave(args, state, control)
 
     def on_save(self, args, state, control, **kwargs):
-        if self.terminating:  # before Trainer takes the run for finished, and its weights for the result
-            logger.warning(f"SIGTERM: saved {self.trainer._last_checkpoint} and stopping; resume from 'last'.")
-            self.trainer.callback_handler.on_train_end(args, state, control)
-            raise SystemExit(TERMINATED)
+        if self.trainer._any(self._asked):
+            self._leave(args, state, control)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        super().on_train_end(args, state, control, **kwargs)
-        self.jit_manager = None
+    def _leave(self, args, state, control) -> None:
+        """Before Trainer takes the run for finished, and its weights for the result."""
+        logger.warning(
+            f"SIGTERM: stopping; the last checkpoint is {self.trainer._last_checkpoint}, resume from 'last'."
+        )
+        self.trainer.callback_handler.on_train_end(args, state, control)
+        raise SystemExit(TERMINATED)

@@ -55,10 +55,10 @@ class DivergenceMixin(CheckpointMixin):
             return
         if self.accelerator.scaler is not None:
             return
-        step = self.state.global_step + 1
+        step, cause = self.state.global_step + 1, self._cause()
         if self.is_deepspeed_enabled:
             if not self.accelerator.optimizer_step_was_skipped:
-                raise FloatingPointError(f"Slow step {step} was not finite; {self._way_back()}")
+                raise FloatingPointError(f"Slow step {step} was not finite{cause}; {self._way_back()}")
             return
         for parameter in self.model.parameters():
             parameter.grad = None  # which an optimiser passes over
@@ -66,14 +66,13 @@ class DivergenceMixin(CheckpointMixin):
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row == IN_A_ROW:
             raise FloatingPointError(
-                f"{IN_A_ROW} slow steps in a row, up to step {step}, were not finite; {self._way_back()}"
+                f"{IN_A_ROW} slow steps in a row, up to step {step}, were not finite{cause}; {self._way_back()}"
             )
-        logger.warning(f"The loss or gradient of slow step {step} was not finite: skipped.")
+        logger.warning(f"The loss or gradient of slow step {step} was not finite{cause}; skipped.")
 
-    def _way_back(self) -> str:
-        if self._last_checkpoint is None:
-            return "no checkpoint has been saved."
-        return f"the last good checkpoint is {self._last_checkpoint}."
+    def _cause(self) -> str:
+        """Why this step is not finite, on all processes, where it is known."""
+        return ""
 
     @torch.no_grad()
     def _save_checkpoint(self, model, trial):

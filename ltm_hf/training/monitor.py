@@ -33,6 +33,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= set(words)), None)
 
 
+def mean(total: float, count: float) -> float:
+    """NaN of nothing."""
+    return total / count if count else math.nan
+
+
 # ---------------------------------------------------------------- what an evaluation says about the fast loop
 
 
@@ -71,10 +76,8 @@ def variance_sums(decoder, posterior: LatentPosterior, evidence: dict, seed: int
 
 def fit_figures(sums: dict[str, float]) -> dict:
     """Nats a token, from the sums of both functions above."""
-    trace = [
-        sums[f"elbo_{step}"] / max(1, sums["traced_tokens"]) for step in range(len(sums)) if f"elbo_{step}" in sums
-    ]
-    figures = {f"gain_if_{name}": sums[name] / max(1, sums["probed_tokens"]) for name in ("wider", "narrower")}
+    trace = [mean(sums[f"elbo_{step}"], sums["traced_tokens"]) for step in range(len(sums)) if f"elbo_{step}" in sums]
+    figures = {f"gain_if_{name}": mean(sums[name], sums["probed_tokens"]) for name in ("wider", "narrower")}
     if len(trace) > 1:
         figures |= {"elbo_trace": trace, "elbo_last_gain": trace[-1] - trace[-2]}
     return figures

@@ -7,13 +7,18 @@ try:
 except ImportError:
     raise ImportError("ltm_hf.training.sft needs TRL: pip install 'ltm_hf[finetune]'") from None
 
+from ..data.chat import AsText
+from ..data.packing import real_tokens
 from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
+from .checks import READ, check_columns, check_some
 from .trainer import DualRateMixin
 
 # The modules that a decoder made by `from_pretrained_backbone` has yet to learn: an adapter for one should train them
 # whole, as its `modules_to_save`.
 LATENT_MODULES = ["cross_attn", "cross_attention_layernorm", "cross_attention_gate"]
+
+MASKS = ("completion_mask", "assistant_masks")  # which TRL makes labels of
 
 
 @dataclass
@@ -38,9 +43,34 @@ class LTMSFTTrainer(ModelCardMixin, DualRateMixin, SFTTrainer):
 
     Takes `LTMSFTConfig`, the data sets of `SFTTrainer` (`prompt` and `completion`, `messages`, `text`) and, for an
     adapter, `peft_config`. What TRL does not score (the prompt, other turns than the assistant's) the bound does not
-    score either; `infer_from` says whether the latents are fitted to it.
+    score either; `infer_from` says whether the latents are fitted to it. In rows that are token ids already, padding
+    that an `attention_mask` marks is taken off.
     With slow_gradient="trajectory", `num_tokens` counts a token once for each forward pass of the slow step.
+    A special token that a text or a message names is spelt by its letters.
     """
+
+    def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, *others, **kwargs):
+        named = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, rows in {"train_dataset": train_dataset, **named}.items():
+            check_some(rows, name)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, *others, **kwargs)
+
+    def _prepare_dataset(self, dataset, processing_class, *args, **kwargs):
+        if "input_ids" in (dataset.column_names or ()):
+            check_columns(dataset, (*READ, *MASKS))
+            if "attention_mask" in dataset.column_names:
+                dataset = dataset.map(_unpadded, remove_columns="attention_mask")
+        return super()._prepare_dataset(dataset, AsText(processing_class), *args, **kwargs)
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if self._skip_prepare_dataset:
+            check_columns(dataset, MASKS)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
+
+def _unpadded(row: dict) -> dict:
+    real = real_tokens(row["attention_mask"])
+    return {name: row[name][real] for name in ("input_ids", "labels", *MASKS) if name in row}
 
 
 __all__ = ["LATENT_MODULES", "LTMSFTConfig", "LTMSFTTrainer"]

@@ -16,7 +16,6 @@ from ..posterior_ltm import (
     IGNORED,
     Prelude,
     amortized_posterior,
-    elbo,
     frozen,
     infer_posterior,
     negative_log_likelihood,
@@ -24,26 +23,15 @@ from ..posterior_ltm import (
 )
 from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
+from .checks import check_columns, check_model, check_options, check_scored
 from .divergence import DivergenceMixin
-from .monitor import fit_figures, peak_flops, trace_sums, variance_sums, watch
+from .evaluation import EvaluationMixin, perplexity, prompts
+from .monitor import mean, peak_flops, watch
 from .muon import MuonWithAdamW
-from .online import check_online, no_latents, online_thoughts, reading
+from .online import no_latents, online_thoughts, reading
 from .order import DataOrderMixin
 from .sharding import accumulating, float32_reductions, gathered
 from .unrolled import split_labels, unrolled_posterior
-
-
-def prompts(input_ids, attention_mask=None, labels=None) -> dict[str, torch.Tensor]:
-    """What comes before the first scored token of each row, as `infer_posterior` and `generate` take it.
-
-    All are (B, S); returns `input_ids` and `attention_mask`, (B, longest prompt), with the completions masked out.
-    """
-    scored = torch.ones_like(input_ids) if labels is None else labels != IGNORED
-    mask = scored.cumsum(dim=1) == 0
-    if attention_mask is not None:
-        mask = mask & attention_mask.bool()
-    width = max(1, int((mask.any(dim=0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
-    return {"input_ids": input_ids[:, :width], "attention_mask": mask[:, :width].long()}
 
 
 class _NoInputGradients(TrainerCallback):
@@ -57,7 +45,7 @@ class _NoInputGradients(TrainerCallback):
             model.disable_input_require_grads()
 
 
-class DualRateMixin(DivergenceMixin, DataOrderMixin):
+class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
     """A `Trainer` step that infers the latents with the decoder frozen (fast), then trains the decoder (slow).
 
     Placed before any `Trainer`: `class MyTrainer(DualRateMixin, SomeTrainer)`, whose arguments are likewise
@@ -102,60 +90,40 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 f"LTMTrainingArguments; got {type(args).__name__}."
             )
         super().__init__(model, args, *others, **kwargs)
-        config = self.model.config
-        if not hasattr(config, "num_latents"):
-            raise ValueError(
-                f"A {config.model_type!r} model is no Latent Thought Model: make it the decoder of one with "
-                "LTMForCausalLM.from_pretrained_backbone."
-            )
-        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
-            raise ValueError(
-                "Prompt learning puts tokens before the text that inference does not know: use LoRA, or another "
-                "PEFT method that changes weights."
-            )
-        if config.num_latents and config.inference_method == "amortized":
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "inference_method='amortized' trains its encoder outside the forward pass that FSDP and DeepSpeed "
-                    "know: use one process or DDP."
-                )
-            if self.args.inference_start_ratio:
-                raise ValueError("With inference_method='amortized' latents start with kl_annealing_steps.")
-        elif config.num_latents and self.args.kl_annealing_steps:
-            raise ValueError("kl_annealing_steps is for inference_method='amortized'.")
-        if config.num_latents and self.args.inference_start_ratio:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
-                    "inference_start_ratio leaves weights without a gradient, which FSDP and DeepSpeed do not: use one "
-                    "process or DDP."
-                )
-        least, _ = self.args.inference_steps(config)
-        if self._predicts:
-            self._check_predicting(config, least)
+        check_model(self)
+        check_options(self)
         self._beside = None  # what this batch pays beside the loss given latents: nats with gradient, value, tokens
         self._sums = defaultdict(float)  # since the last log, on this process
-        self._eval_sums = defaultdict(float)  # of all processes
-        self._fit_sums = defaultdict(float)  # of the fast loop in evaluation, on this process
         self._since = (0, 0.0)  # the step and the time at which `_sums` began
+        self._step_tokens = 0  # scored in this step so far, on this process
         self._last_batch = None
         self._peak_flops = peak_flops(self.args.device)
         self.add_callback(_NoInputGradients)
         watch(self)
 
-    def _check_predicting(self, config, least: int) -> None:
-        name, args = f"slow_gradient={self.args.slow_gradient!r}", self.args
-        if args.slow_gradient == "online":
-            check_online(config)
-        if config.inference_method != "variational" or args.infer_from != "labels" or least < 1:
-            raise ValueError(
-                f"{name} fits latents to what is scored before, by one step or more: it needs "
-                "inference_method='variational', infer_from='labels' and num_inference_steps of at least 1."
-            )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.torch_compile or args.gradient_checkpointing:
-            raise ValueError(
-                f"{name} takes gradients of gradients, which FSDP, DeepSpeed, torch.compile and gradient checkpointing "
-                "do not: use one process or DDP, without these."
-            )
+    def train(self, *args, **kwargs):
+        """`Trainer.train`. Raises ValueError for a data set that has nothing to learn from, or to evaluate."""
+        data = {"train_dataset": self.train_dataset}
+        if self.args.eval_strategy != "no":
+            data |= self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, rows in data.items():
+            check_scored(rows, name, self._looked_at)
+        return super().train(*args, **kwargs)
+
+    def _looked_at(self, row: dict) -> int:
+        """The scored tokens of a row of a data set."""
+        batch = self._get_collator_with_removed_columns(self.data_collator)([row])
+        length, longest = batch["input_ids"].shape[1], self.model.config.max_position_embeddings
+        if length > longest:
+            raise ValueError(f"A row has {length} tokens, and the model takes {longest} (max_position_embeddings).")
+        return self._num_scored(batch).sum().item()
+
+    def _judge_step(self):
+        super()._judge_step()
+        self._step_tokens = 0
+
+    def _cause(self):
+        return "" if self._any(self._step_tokens > 0) else ": none of its tokens is scored, all labels are -100"
 
     def _run_state(self):
         step, start = self._since
@@ -174,14 +142,23 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         super().create_accelerator_and_postprocess()
         float32_reductions(self.accelerator)
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        return super().create_scheduler(
+            max(num_training_steps, warmup + 1), optimizer
+        )  # polynomial divides by the rest
+
     # ---------------------------------------------------------------- the step
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         inputs = self._prepare_inputs(inputs)
         if not self._sums:
             self._since = (self.state.global_step, time.perf_counter())
-        self._sums["tokens"] += self._num_scored(inputs).sum().item()
+        num_tokens = self._num_scored(inputs).sum().item()
+        self._sums["tokens"] += num_tokens
+        self._step_tokens += num_tokens
         decoder = self.accelerator.unwrap_model(model, keep_torch_compile=True).train()
+        _without_noise(decoder)
         unread, context = [], nullcontext()
         if decoder.config.num_latents and not self._infers:
             thoughts = [None]
@@ -206,6 +183,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             with context, nullcontext() if number == len(thoughts) else accumulating(self.accelerator, model):
                 loss += super().training_step(model, {**inputs, "latents": latents}, num_items_in_batch)
         self._beside = None
+        _without_noise(decoder)
         for parameter in unread:  # it has learned nothing: neither does it decay
             parameter.grad = None
         inputs.pop("prelude", None)
@@ -397,79 +375,6 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
             self.optimizer = MuonWithAdamW.of_trainer(self, self.model if model is None else model)
         return super().create_optimizer(model)
 
-    # ---------------------------------------------------------------- evaluation
-
-    @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The bound of a batch in nats a token, with fresh noise, and the loss without latents beside it."""
-        inputs = self._prepare_inputs(inputs)
-        decoder = self.accelerator.unwrap_model(model, keep_torch_compile=True)
-        sequences = self._sequences(inputs)
-        num_tokens = self._num_scored(inputs)
-        fit = {"num_inference_steps": self.args.num_inference_steps, "seed": self._seed(0)}
-        with gathered(decoder, self.args.gather_during_inference), self.compute_loss_context_manager():
-            plain = negative_log_likelihood(decoder, **sequences)
-            rows = {"tokens": num_tokens, "plain": plain, "nll": plain, "kl": torch.zeros_like(plain)}
-            if self._online:
-                rows["nll"] = self._online_nll(decoder, sequences)
-            elif self._predicts:
-                first, rest = split_labels(**sequences)
-                posterior = infer_posterior(decoder, **sequences | {"labels": first}, **fit)
-                rows["nll"] = sum(
-                    negative_log_likelihood(decoder, **sequences | {"labels": labels}, latents=latents)
-                    for labels, latents in ((first, torch.zeros_like(posterior.mean)), (rest, posterior.mean))
-                )
-                self._fit_sums["non_finite_rows"] += posterior.num_non_finite
-            elif decoder.config.num_latents:
-                evidence = self._evidence(inputs)
-                posterior = infer_posterior(decoder, **evidence, **fit)
-                estimate = elbo(decoder, posterior=posterior, **sequences, seed=self._seed(0))
-                rows["nll"] = estimate.nll
-                if self._reads_mean:
-                    rows["nll"] = negative_log_likelihood(decoder, latents=posterior.mean, **sequences)
-                fit_sums = {"non_finite_rows": posterior.num_non_finite}
-                if self._has_kl:
-                    rows["kl"] = estimate.kl
-                    final = estimate.elbo if self.args.infer_from == "labels" else None  # of what the steps saw
-                    fit_sums |= trace_sums(posterior, evidence, self.args.inference_steps(decoder.config)[1], final)
-                    if not self._eval_sums:  # the first batch will do
-                        fit_sums |= variance_sums(decoder, posterior, evidence, self._seed(0))
-                for name, total in fit_sums.items():
-                    self._fit_sums[name] += total
-                if self._any_prompt(inputs):
-                    if self.args.infer_from != "prompt":
-                        posterior = infer_posterior(decoder, **prompts(**sequences), **fit)
-                    have = self._have_prompts(inputs)
-                    from_prompt = negative_log_likelihood(decoder, latents=posterior.mean, **sequences)
-                    rows |= {"from_prompt": from_prompt * have, "prompt_tokens": num_tokens * have}
-        # All processes', without the rows that only fill up the last batch.
-        figures = self.accelerator.gather_for_metrics(torch.stack([row.float() for row in rows.values()], dim=1))
-        for name, total in zip(rows, figures.cpu().sum(dim=0, dtype=torch.float64).tolist(), strict=True):
-            self._eval_sums[name] += total
-        loss = (rows["nll"] + rows["kl"] * self._pays_kl).sum() / num_tokens.sum().clamp(min=1)
-        return loss, None, None
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._eval_sums.clear()
-        self._fit_sums.clear()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums, fit_sums = self._eval_sums, self._reduced(self._fit_sums)
-        nll, kl, plain = (sums[name] / max(1, sums["tokens"]) for name in ("nll", "kl", "plain"))
-        bound = nll + kl * self._pays_kl
-        figures = {"loss": bound}
-        if self._has_kl:
-            figures["perplexity_bound"] = _exp(bound)
-        if self.model.config.num_latents:
-            figures |= {"nll": nll, "no_latents": plain, "gain": plain - nll}
-            if self._has_kl and not self._predicts:
-                figures |= {"kl": kl, **fit_figures(fit_sums)}
-            if fit_sums["non_finite_rows"]:
-                figures["non_finite_rows"] = fit_sums["non_finite_rows"]
-            if sums["prompt_tokens"]:
-                figures["from_prompt"] = sums["from_prompt"] / sums["prompt_tokens"]
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
-        return output
-
     # ---------------------------------------------------------------- logging
 
     def log(self, logs, start_time=None):
@@ -493,7 +398,9 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         seconds = time.perf_counter() - self._since[1]
         sums = self._reduced(self._sums)
         figures = {"tokens_per_second": sums["tokens"] / seconds}
-        kl = sums["kl"] / max(1, sums["tokens"])
+        if not sums["tokens"]:
+            figures["loss"] = loss = math.nan
+        kl = mean(sums["kl"], sums["tokens"])
         bound = loss if self._predicts else loss + kl * self._pays_kl
         if self.model.config.num_latents:
             figures |= {"kl": kl, "bound": bound} if self._has_kl else {}
@@ -506,7 +413,7 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
         if self._peak_flops:
             figures["mfu"] = sums["flops"] / seconds / (self._peak_flops * self.args.world_size)
         if self._has_kl:
-            figures["perplexity_bound"] = _exp(bound)
+            figures["perplexity_bound"] = perplexity(bound)
         self._sums.clear()
         return figures
 
@@ -525,13 +432,18 @@ class DualRateMixin(DivergenceMixin, DataOrderMixin):
                 thinking = negative_log_likelihood(decoder, **sequences, latents=latents)
         saved = (plain - thinking).sum().item()
         sums = self._reduced({"saved": saved, "tokens": self._num_scored(self._last_batch).sum().item()})
-        return sums["saved"] / max(1, sums["tokens"])
+        return mean(sums["saved"], sums["tokens"])
 
     def _reduced(self, sums) -> dict[str, float]:
         """The sums over all processes."""
         names = sorted(sums)
         totals = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=self.args.device)
         return defaultdict(float, zip(names, self.accelerator.reduce(totals, "sum").tolist(), strict=True))
+
+
+def _without_noise(decoder) -> None:
+    """Until it is next set to train: NEFTune's noise is for what learns, not for what thinks or is measured."""
+    decoder.get_input_embeddings().eval()
 
 
 class LTMTrainer(ModelCardMixin, DualRateMixin, Trainer):
@@ -552,6 +464,7 @@ class LTMTrainer(ModelCardMixin, DualRateMixin, Trainer):
             inputs = {**inputs, "loss_reduction": "mean"}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
-
-def _exp(nats: float) -> float:
-    return math.exp(min(nats, 700.0))  # the largest that a float holds is e⁷⁰⁹
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        if self.data_collator is collate_blocks:
+            check_columns(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)

@@ -1,11 +1,14 @@
 """Conversations: formats in, and what a row becomes under the chat template."""
 
+import copy
 import gzip
+import inspect
 import json
 
 import pytest
+from tokenizers import pre_tokenizers
 
-from ltm_hf.data import load_conversations, prompt_inputs, set_chat_template, train_tokenizer
+from ltm_hf.data import encode_chat, load_conversations, prompt_inputs, set_chat_template, train_tokenizer
 
 MESSAGES = [
     {"role": "user", "content": "1 + 1?"},
@@ -97,3 +100,46 @@ def test_text_prompts_and_templates_of_their_own_are_left(tokenizer):
     own.chat_template = "{{ messages[0]['content'] }}"
     set_chat_template(own)
     assert own.chat_template == "{{ messages[0]['content'] }}"
+
+
+NAMING = [
+    {"role": "user", "content": "What is <|endoftext|> and <|beginoftext|><|endoftext|>?"},
+    {"role": "assistant", "content": "<|endoftext|>\nends a text."},
+]
+
+
+@pytest.mark.parametrize("space_first", [False, True])
+def test_special_tokens_in_a_message_are_text(tokenizer, space_first):
+    """The template's own are tokens, and what the assistant says is marked, as in messages that name none.
+
+    space_first: as some tokenizers have it, before what they take for the beginning of a text.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space_first)
+    others = [message | {"content": message["content"].replace("|", "!")} for message in NAMING]
+    options = dict(return_assistant_tokens_mask=True)
+    encoded, plain = (encode_chat(tokenizer, messages, **options) for messages in (NAMING, others))
+    for wanted in (None, 1):
+        found, expected = (
+            tokenizer.decode(
+                [i for i, mask in zip(one["input_ids"], one["assistant_masks"], strict=True) if mask != wanted]
+            )
+            for one in (encoded, plain)
+        )
+        assert found == expected.replace("!", "|")
+    ids = encoded["input_ids"]
+    assert [i for i in ids if i in tokenizer.all_special_ids] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert encoded["attention_mask"] == [1] * len(ids)
+    asked = prompt_inputs({"messages": NAMING}, tokenizer)["input_ids"][0].tolist()
+    assert asked == ids[: len(asked)]
+    text = tokenizer.decode(prompt_inputs({"prompt": "a <|endoftext|>"}, tokenizer)["input_ids"][0][1:])
+    assert text.strip() == "a <|endoftext|>"
+
+
+def test_other_messages_are_as_the_library_has_them(tokenizer):
+    options = dict(return_assistant_tokens_mask=True, return_dict=True)
+    library = tokenizer.apply_chat_template(MESSAGES, **options)
+    assert encode_chat(tokenizer, MESSAGES, return_assistant_tokens_mask=True) == library
+    if "sanitize_control_tokens" in inspect.signature(tokenizer.apply_chat_template).parameters:
+        library = tokenizer.apply_chat_template(NAMING, sanitize_control_tokens=True, return_dict=True)
+        assert encode_chat(tokenizer, NAMING)["input_ids"] == library["input_ids"]

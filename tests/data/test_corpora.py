@@ -159,6 +159,10 @@ def test_bad_input_is_named(tmp_path, rows):
     for fraction in (0, 1, 5):
         with pytest.raises(ValueError, match=f"between 0 and 1, not {fraction}"):
             load_corpus(rows, validation_fraction=fraction)
+    with pytest.raises(ValueError, match="seed must be an integer of 0 or more, got -1"):
+        load_corpus(rows, seed=-1)
+    with pytest.raises(ValueError, match="config_name is of a Hub data set"):
+        load_corpus(rows, config_name="en")
     for corpus in (rows, None):
         with pytest.raises(ValueError, match="validation_split"):
             load_corpus(corpus, validation_split="validation")

@@ -69,7 +69,7 @@ def test_refuses(tokenizer, blocks):
     for empty in ("", " \n"):
         with pytest.raises(ValueError, match="Document 1 has no text"):
             blocks(["a", empty], tokenizer, 8)
-    with pytest.raises(ValueError, match="block_size must be at least 2"):
+    with pytest.raises(ValueError, match="block_size must be an integer of 2 or more"):
         blocks(["a"], tokenizer, 1)
-    with pytest.raises(ValueError, match="prefix_length must be at least 1 and below the block size 8, not 8"):
+    with pytest.raises(ValueError, match="prefix_length must be below the block size 8, not 8"):
         prefix_blocks(["a"], tokenizer, 8, 8)

@@ -1,12 +1,14 @@
+import copy
 import random
 
 import pytest
 from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from ltm_hf.data import collate_blocks, load_corpus, pack, train_tokenizer
+from ltm_hf.data import collate_blocks, document_blocks, load_corpus, pack, train_tokenizer
 from ltm_hf.data.packing import DOCUMENTS_AT_A_TIME
 
 
@@ -56,6 +58,47 @@ def test_blocks_of_one_document_each():
         pack(documents, tokenizer, 9, join=False)
 
 
+def test_special_tokens_in_a_text_are_text(tokenizer):
+    """Ends and beginnings stand where documents have them; the text is what it was, bytes and all."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    texts = ["GPT ends with <|endoftext|>", "<|beginoftext|><|im_end|> é", "plain"]
+    for documents in (corpus_of(texts), corpus_of(texts).to_iterable_dataset()):
+        ids = [i for row in pack(documents, tokenizer, 2) for i in row["input_ids"][1:]]
+        assert [i for i in ids if i in tokenizer.all_special_ids] == [tokenizer.eos_token_id] * 3
+        assert tokenizer.decode(ids).split("<|endoftext|>plain<|endoftext|>")[0] == "<|endoftext|>".join(texts[:2])
+    rows = document_blocks(texts, tokenizer, 6)
+    for number, text in enumerate(texts):
+        own = [row for row in rows if row["document"] == number]
+        ids = [i for row in own for i in row["input_ids"][1:]]
+        assert not set(ids) & set(tokenizer.all_special_ids) and tokenizer.decode(ids) == text
+        assert sum(sum(row["token_bytes"]) for row in own) == len(text.encode())
+
+
+def test_a_tokenizer_that_makes_special_tokens_of_letters_is_refused():
+    """As some of sentencepiece do, whose vocabulary holds these names like any word."""
+    model = models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *((letter, -5.0) for letter in " </s>ab")], 2)
+    names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    unigram = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **names)
+    assert len(pack(corpus_of(["a b a"]), unigram, 4)) == 2
+    with pytest.raises(ValueError, match="cannot tell '</s>' in a text from its special token of that name"):
+        pack(corpus_of(["a </s> b"]), unigram, 4)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"content": ["a"] * 9}, "in a column 'text', which there is not: only content"),
+        ({"text": ["a b c"] * 99 + [None]}, "The text of document 99 must be a string, not None"),
+        ({"text": [3, 4]}, "The text of document 0 must be a string, not 3"),
+    ],
+)
+def test_other_rows_are_named(tokenizer, column, message):
+    for documents in (Dataset.from_dict(column), Dataset.from_dict(column).to_iterable_dataset()):
+        with pytest.raises(ValueError, match=message):
+            list(pack(documents, tokenizer, 4))
+
+
 @pytest.mark.parametrize("block_size", [2, 5, 64, 1000])
 def test_no_token_is_lost_or_doubled(texts, tokenizer, block_size):
     blocks = list(pack(corpus_of(texts), tokenizer, block_size)["input_ids"])
@@ -103,7 +146,7 @@ def test_bad_input_is_named(tokenizer):
             pack(kind, tokenizer, 6)
     with pytest.raises(ValueError, match="The validation has 0 tokens"):
         pack(DatasetDict(train=documents, validation=corpus_of([])), tokenizer, 5)
-    with pytest.raises(ValueError, match="at least 2 .* not 1"):
+    with pytest.raises(ValueError, match="block_size must be an integer of 2 or more, got 1"):
         pack(documents, tokenizer, 1)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|endoftext|>")
     with pytest.raises(ValueError, match="load_tokenizer"):

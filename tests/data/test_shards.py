@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import sys
 import time
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from ltm_hf import LTMForCausalLM, preset_config
 from ltm_hf.data import load_prepared, load_tokenizer, pack, prepare, shards
@@ -125,6 +126,9 @@ def test_broken_shards_are_named_and_made_again(folder, corpus, tokenizer):
     shard.write_bytes(whole[:-600] + bytes([whole[-600] ^ 1]) + whole[-599:])
     with pytest.raises(ValueError, match="train-00001-of-00003.arrow' is altered"):
         load_prepared(folder)
+    (folder / "tokenizer/tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer_config.json' is altered"):
+        load_prepared(folder, verify=False)
     shard.unlink()
     with pytest.raises(ValueError, match="train-00001-of-00003.arrow' is missing"):
         load_prepared(folder)
@@ -140,7 +144,7 @@ def test_bad_input_is_named(tmp_path, folder, corpus, tokenizer):
         prepare(corpus, tokenizer, 17, folder, **same)
     with pytest.raises(ValueError, match="made from another splits"):
         prepare(corpus_of(45, seed=1), tokenizer, 16, folder, **same)
-    with pytest.raises(ValueError, match="num_proc must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="num_proc must be an integer of 1 or more, got 0"):
         prepare(corpus, tokenizer, 16, folder, num_proc=0, **same)
     with pytest.raises(ValueError, match="train has 2773 tokens, too few for one block of 4000"):
         prepare(corpus, tokenizer, 4000, tmp_path / "new")
@@ -149,6 +153,94 @@ def test_bad_input_is_named(tmp_path, folder, corpus, tokenizer):
     (tmp_path / "mine/letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="is not empty and holds no prepared data"):
         prepare(corpus, tokenizer, 16, tmp_path / "mine")
+    with pytest.raises(ValueError, match="letter.txt' is a file: name a folder"):
+        prepare(corpus, tokenizer, 16, tmp_path / "mine/letter.txt")
+    for splits, message in (
+        (DatasetDict({"../x": corpus["train"]}), "'../x' cannot name files"),
+        (IterableDatasetDict(train=corpus["train"].to_iterable_dataset()), "The train is a stream"),
+        (DatasetDict(), "There is no split to prepare"),
+        (DatasetDict(train=Dataset.from_dict({"body": ["a"]})), "in a column 'text', which there is not: only body"),
+        (
+            DatasetDict(train=Dataset.from_dict({"text": ["a"] * 99})),
+            "No shard of the train, 9 documents, fills a block",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare(splits, tokenizer, 32, tmp_path / "new", documents_per_shard=9)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: setattr(tokenizer, "eos_token", "<|im_end|>"),
+        lambda tokenizer: setattr(tokenizer, "bos_token", "<|im_end|>"),
+        lambda tokenizer: tokenizer.add_tokens(["sat"]),
+    ],
+)
+def test_shards_of_other_special_tokens_do_not_mix(tmp_path, corpus, tokenizer, change):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    arguments = (corpus, tokenizer, 16, tmp_path / "data")
+    prepare(*arguments, documents_per_shard=15)
+    before = bytes_of(tmp_path / "data")
+    tokenizer("cat", truncation=True, max_length=1)  # a state that a call leaves behind
+    prepare(*arguments, documents_per_shard=15)
+    change(tokenizer)
+    with pytest.raises(ValueError, match="made from another .*tokenizer: name another folder"):
+        prepare(*arguments, documents_per_shard=15)
+    assert bytes_of(tmp_path / "data") == before
+
+
+def test_nothing_is_written_into_a_folder_that_is_read(folder):
+    """`datasets` keeps what it makes of a file beside it; where the folder is read-only, that fails."""
+    before = bytes_of(folder)
+    blocks = load_prepared(folder)["train"]
+    for some in (blocks, blocks.shuffle(seed=0)):
+        rows = some.map(lambda row: {"length": len(row["input_ids"])})
+        rows.filter(lambda row: row["length"]).sort("length").train_test_split(2, seed=0)
+    assert bytes_of(folder) == before
+    assert load_prepared(folder)["train"][0] == blocks[0]  # by the same links
+
+
+def entry(**changes):
+    return {"documents": 40, "blocks": 1, "bytes": 1, "sha256": ""} | changes
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 1}, "its format is not 2"),
+        ({"block_size": 1}, "block_size, documents_per_shard and dtype"),
+        ({"documents_per_shard": 0}, "block_size, documents_per_shard and dtype"),
+        ({"documents_per_shard": "9"}, "block_size, documents_per_shard and dtype"),
+        ({"dtype": "object"}, "block_size, documents_per_shard and dtype"),
+        ({"splits": {}}, "splits must have their documents"),
+        ({"splits": [1]}, "splits must have names, without folders"),
+        ({"splits": {"../../x": {"documents": 1}}}, "splits must have names, without folders"),
+        ({"splits": {"train": {"documents": -1}}}, "splits must have their documents"),
+        ({"splits": {"train": {"documents": 10**15}}}, "is not finished: 66666666666663 of 66666666666667 shards"),
+        ({"shards": None}, "shards must have names"),
+        ({"shards": {"../../etc/passwd": entry()}}, "shards must have names, without folders"),
+        ({"shards": {"train-00000-of-00001.arrow": entry(bytes="1")}}, "shards must have their documents, blocks"),
+        ({"tokenizer_files": {"../index.json": ""}}, "tokenizer_files must have names"),
+        ({"tokenizer_files": {"vocab.txt": ""}}, "tokenizer.vocab.txt' is missing"),
+        ({"block_size": 15}, "is altered: it holds [0-9]+ rows of input_ids"),
+    ],
+)
+def test_an_index_that_says_something_else_is_refused(folder, change, message):
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | change))
+    with pytest.raises(ValueError, match=message):
+        load_prepared(folder)
+
+
+@pytest.mark.parametrize("content", [b'{"splits"', b"[]", b"null", b"\xff\xfe", b"[" * 9999])
+def test_an_index_that_is_none_is_refused(folder, corpus, tokenizer, content):
+    (folder / "index.json").write_bytes(content)
+    for work in (lambda: load_prepared(folder), lambda: prepare(corpus, tokenizer, 16, folder)):
+        with pytest.raises(ValueError, match="index.json' is no.*Prepare the data"):
+            work()
 
 
 def test_the_trainer_takes_it(tmp_path, folder, tokenizer):

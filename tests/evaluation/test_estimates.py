@@ -159,5 +159,5 @@ def test_refuses(axes):
     for name in ("loss", "iw", "iw-0", "from_prompt"):
         with pytest.raises(ValueError, match=f"no figure '{name}'"):
             score_blocks(axes, [row], figures=[name])
-    with pytest.raises(ValueError, match="num_samples must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="num_samples must be an integer of 1 or more, got 0"):
         importance_weighted_bound(best_diagonal(axes), None, 0)

@@ -285,9 +285,9 @@ def test_a_record_of_something_else_is_refused(model, tokenizer, dataset, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 0}, "samples must be 1 or more"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
-        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"samples": 0}, "samples must be an integer of 1 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of 1 or more"),
+        ({"batch_size": 0}, "batch_size must be an integer of 1 or more"),
         ({"problems": 6}, "between 1 and the 5"),
         ({"problems": 0}, "between 1 and the 5"),
         ({"shots": 7}, "rows of the train split"),

@@ -42,6 +42,18 @@ def test_what_cannot_be_had_is_one_sentence_and_the_rest_is_written(tmp_path, ca
         report.section("bug", "Bug", {}, lambda: {"x": 1}, show)
 
 
+def test_a_report_of_before_stays_until_something_is_measured(tmp_path):
+    def refuse():
+        raise OSError("nowhere")
+
+    (tmp_path / "README.md").write_text("of before")
+    report = Report(tmp_path, "T")
+    report.section("one", "One", {}, refuse, show)
+    assert (tmp_path / "README.md").read_text() == "of before"
+    report.section("two", "Two", {}, lambda: {"value": 2}, show)
+    assert (tmp_path / "README.md").read_text() == "# T\n\n## One\n\nNot measured: nowhere\n\n## Two\n\nvalue 2\n"
+
+
 def test_a_stopped_section_leaves_nothing_and_the_ones_before_it_stay(tmp_path):
     def stop():
         raise KeyboardInterrupt

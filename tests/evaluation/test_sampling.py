@@ -204,9 +204,9 @@ def test_training_mode_is_restored_and_dropout_is_off(gpt2, tokenizer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": ["the"], "max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
-        ({"prompts": ["the"], "max_new_tokens": 4, "num_samples": 0}, "num_samples must be 1 or more"),
-        ({"prompts": ["the"], "max_new_tokens": 4, "batch_size": 0}, "batch_size must be 1 or more"),
+        ({"prompts": ["the"], "max_new_tokens": 0}, "max_new_tokens must be an integer of 1 or more"),
+        ({"prompts": ["the"], "max_new_tokens": 4, "num_samples": 0}, "num_samples must be an integer of 1 or more"),
+        ({"prompts": ["the"], "max_new_tokens": 4, "batch_size": 0}, "batch_size must be an integer of 1 or more"),
         ({"prompts": ["the"], "max_new_tokens": 63}, "more than the 64"),
         ({"prompts": [[5], []], "max_new_tokens": 4}, "Prompt 1 is empty"),
         ({"prompts": ["the"], "max_new_tokens": 4, "keys": [1, 2]}, "1 prompts and 2 keys"),

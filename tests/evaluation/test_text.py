@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ltm_hf.data import train_tokenizer
 from ltm_hf.evaluation import text as text_module
-from ltm_hf.evaluation.figures import figure
+from ltm_hf.evaluation.figures import cell, figure, written
 from ltm_hf.evaluation.sampling import GREEDY, complete_texts, sample_texts
 from ltm_hf.evaluation.text import (
     distinct_n,
@@ -106,9 +106,12 @@ def test_error_of_distinct_is_the_spread_over_samples():
 
 
 def test_figure():
-    assert figure([1, 2, 3, math.nan]) == {"value": 2, "error": pytest.approx(1 / math.sqrt(3)), "n": 3}
+    assert figure([1, 2, 3]) == {"value": 2, "error": pytest.approx(1 / math.sqrt(3)), "n": 3}
     assert figure([4]) == {"value": 4, "error": None, "n": 1}
-    assert figure([math.nan]) == {"value": None, "error": None, "n": 0}
+    assert figure([]) == {"value": None, "error": None, "n": 0} and cell(figure([])) == written(figure([])) == "–"
+    for broken in (math.nan, math.inf):  # is not left out
+        one = figure([1, broken])
+        assert one == {"value": None, "error": None, "n": 2} and cell(one) == written(one) == "not finite"
 
 
 # ------------------------------------------------------------------ of a judge
@@ -260,7 +263,7 @@ def test_figures_of_all_ways(model, gpt2, tokenizer):
     words = [text.split() for text in written]
     figures = result["figures"]["texts: multinomial"]
     assert figures["entropy"] == figure([entropy(tokens) for tokens in words])
-    assert figures["repetition_4"] == figure([repetition(tokens) for tokens in words])
+    assert figures["repetition_4"] == figure([repetition(tokens) for tokens in words if len(tokens) > 3])
     assert all(figures[f"distinct_{n}"] == distinct_n(words, n) for n in (1, 2, 3))
     assert figures["judge_perplexity"] == pooled_perplexity(*judged_losses(gpt2, tokenizer, written))
     assert figures["mauve"] == {"skipped": "MAUVE needs 100 texts or more on either side to say anything, got 4."}
@@ -356,11 +359,11 @@ def test_table(model, gpt2, tokenizer):
     ("options", "message"),
     [
         ({"references": []}, "no references"),
-        ({"n": 0}, "n must be 1 or more"),
-        ({"batch_size": 0}, "batch_size must be 1 or more"),
+        ({"n": 0}, "n must be an integer of 1 or more"),
+        ({"batch_size": 0}, "batch_size must be an integer of 1 or more"),
         ({"max_new_tokens": 61}, "more than the 64"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more"),
-        ({"prompt_tokens": 0}, "empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of 1 or more"),
+        ({"prompt_tokens": 0}, "prompt_tokens must be an integer of 1 or more"),
     ],
 )
 def test_bad_input_is_refused_before_any_computation(options, message, model, tokenizer, monkeypatch):

@@ -21,22 +21,33 @@ runpy.run_path(words[0], run_name="__main__")
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    """Run a script with arguments, in a process of its own; unless it may fail, what it said is shown if it does.
+def start(tmp_path_factory):
+    """Start a script with arguments in a process of its own: the process, and the files of what it says.
 
     The processes are forks of one that has imported what takes seconds, and done nothing else.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["ltm_hf.training", "ltm_hf.evaluation", "matplotlib.pyplot"])
 
-    def run(*arguments, check=True):
+    def start(*arguments):
         folder = tmp_path_factory.mktemp("said")
         words, said = list(map(str, arguments)), [folder / "stdout", folder / "stderr"]
         names = {"words": words, "said": said, "environment": dict(os.environ), "place": os.getcwd()}
         process = context.Process(target=exec, args=(AS_A_SCRIPT, names))
         process.start()
+        return process, said
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def run(start):
+    """The same, to its end; unless it may fail, what it said is shown if it does."""
+
+    def run(*arguments, check=True):
+        process, said = start(*arguments)
         process.join()
-        result = subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in said))
+        result = subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in said))
         assert not check or result.returncode == 0, result.stderr[-3000:]
         return result
 

@@ -13,13 +13,14 @@ from ltm_hf import LTMForCausalLM
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "chat.py"
 NO_PACKAGE = (
-    "import sys; sys.modules['ltm_hf'] = None; import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    "import sys, runpy; sys.modules['ltm_hf'] = None; sys.path.insert(0, sys.argv.pop(1)); "
+    "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
 )
 
 
 def talk(folder, *lines, options=("--greedy", "--max_new_tokens", "12")):
     """The answers to the lines, and what was said beside them."""
-    command = [sys.executable, "-c", NO_PACKAGE, SCRIPT, folder, *options]
+    command = [sys.executable, "-c", NO_PACKAGE, SCRIPT.parent, SCRIPT, folder, "--trust_remote_code", *options]
     result = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return [answer for answer in re.split(r"^(?:> )+|\n(?:> )+", result.stdout) if answer.strip()], result.stderr
@@ -58,7 +59,7 @@ def test_conversation(chat_folder, answer):
     assert "no chat template" not in beside
 
 
-def test_long_conversation_without_a_template(chat_folder, answer, tmp_path):
+def test_long_conversation_without_a_template(chat_folder, answer, tmp_path, monkeypatch):
     """Turns go from the front; a message that does not fit by itself leaves the conversation as it was."""
     folder = tmp_path / "plain"
     folder.mkdir()
@@ -68,6 +69,7 @@ def test_long_conversation_without_a_template(chat_folder, answer, tmp_path):
     long = "the people of Spain, the people of the United States and the people of France, hello there"
     options = ("--greedy", "--max_new_tokens", "12", "--num_inference_steps", "1")
     answers, beside = talk(folder, "hello", long, "hello " * 200, "yes", options=options)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
     template = runpy.run_path(str(SCRIPT))["PLAIN"]
     first = answer("hello", steps=1, template=template)
     second = answer("hello", first, long, steps=1, template=template)

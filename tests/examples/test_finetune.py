@@ -91,7 +91,13 @@ def test_fine_tunes_a_backbone(run, tokenizer, tmp_path, options):
     assert writes(folder)
 
 
-def test_missing_file_is_named_before_any_work(run, tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no file 'no-such.jsonl'"):
-        run(files="no-such.jsonl")
-    assert not (tmp_path / "finetuned").exists()
+def test_goes_on_from_a_checkpoint(run, ltm):
+    saving = ("--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1")
+
+    def history(step):
+        return json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
+    _, folder = run("--model", ltm, "--max_steps", "2", *saving)
+    before = history(2)
+    run("--model", ltm, "--max_steps", "4", "--resume_from_checkpoint", "last", *saving)
+    assert history(4)[: len(before)] == before  # seconds and all

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -215,17 +216,90 @@ def test_estimates_by_hand():
             "again: its config must be that of natural, but for inference",
         ),
         ({"colour": 1}, "the study: there is no colour; there are settings, models"),
+        ({"settings": None}, "bad.yaml: settings must be a mapping of names, not None"),
+        ({"settings": {}}, "A study needs settings"),
+        ({"settings": {"a": [1]}}, "settings: a must be a mapping of names, not [1]"),
+        ({"settings": {"../../escaped": {}}}, "'../../escaped' names a folder: it must be"),
+        ({"settings": {"": {}}}, "'' names a folder"),
+        ({"settings": {"..": {}}}, "'..' names a folder"),
+        ({"settings": {1: {}}}, "1 names a folder: it must be a string"),
+        ({"settings": {"a": {"corpus": "texts"}}}, "settings: a: Field 'corpus' expected dict, got str"),
+        (
+            {"settings": {"a": {"corpus": {"file": "x"}}}},
+            "settings: a: corpus: there is no file; there are config_name",
+        ),
+        ({"settings": {"a": {"corpus": {"streaming": True}}}}, "there is no streaming"),
+        ({"settings": {"a": {"tokenizer": 12}}}, "settings: a: tokenizer must be an integer of 258 or more, got 12"),
+        (
+            {"settings": {"a": {"config": {"hidden_size": "32"}}}},
+            "a, natural: Validation error for field 'hidden_size'",
+        ),
+        ({"models": "natural"}, "models must be a mapping of names, not 'natural'"),
+        ({"models": {"a/b": {}}}, "'a/b' names a folder"),
+        (
+            {"models": {"natural": {"training": {"learning_rate": "1e-3"}}}},
+            "learning_rate must be a number, not '1e-3'",
+        ),
+        ({"models": {"natural": {"training": {"max_steps": None}}}}, "max_steps must be a number, not None"),
+        ({"models": {"natural": {"parameters_of": 3}}}, "models: natural: Field 'parameters_of'"),
+        ({"training": [1]}, "Field 'training' expected dict, got list"),
+        ({"reference": ["twin"]}, "Field 'reference' expected str, got list"),
+        ({"seeds": 42}, "Field 'seeds'"),
+        ({"seeds": [1, 1]}, "seeds that differ"),
+        ({"seeds": [-1]}, "seed must be an integer of 0 or more, got -1"),
+        ({"scoring": [1]}, "scoring must be a mapping of names, not [1]"),
+        ({"scoring": {"steps": 4}}, "scoring: Field 'steps'"),
+        ({"scoring": {"steps": [1, -2]}}, "scoring: the number of steps must be an integer of 0 or more, got -2"),
+        ({"scoring": {"blocks": 0}}, "scoring: blocks must be an integer of 1 or more, got 0"),
     ],
 )
 def test_bad_input_is_named(grid, change, message):
     given = yaml.safe_load(grid.read_text())
-    models = change.pop("models", None)
-    if models is not None:
-        given["models"] = models | {"twin": {"config": {"num_latents": 0}}}
+    models = change.get("models")
+    if isinstance(models, dict):
+        change = change | {"models": models | {"twin": {"config": {"num_latents": 0}}}}
     grid_too = grid.with_name("bad.yaml")
     grid_too.write_text(yaml.safe_dump(given | change, sort_keys=False))
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         Study.from_yaml(grid_too)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- 1\n- 2\n", "a study must be a mapping of names, not [1, 2]"),
+        (b"settings: {a: [\n", "expected the node content"),
+        (b"settings: !!python/object/apply:os.getcwd []\n", "could not determine a constructor for the tag"),
+        (b"settings: \xff\n", "'utf-8' codec can't decode"),
+        (b"[" * 500, "recursion"),
+    ],
+)
+def test_a_file_that_is_no_study_is_named(tmp_path, content, message):
+    (tmp_path / "study.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=f"study.yaml: .*{re.escape(message)}"):
+        Study.from_yaml(tmp_path / "study.yaml")
+
+
+def test_nothing_is_begun_that_cannot_end(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("ltm_hf.study.run.prepare", None)
+    settings = {"letters": study.settings["letters"], "lost": Setting(corpus={"name_or_files": "no-such.jsonl"})}
+    lost = Study(settings, {"twin": Model({"num_latents": 0})}, "twin", (1,), {"max_steps": 1})
+    with pytest.raises(FileNotFoundError, match="no-such.jsonl"):
+        run_study(lost, tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file' is a file: name a folder"):
+        run_study(study, tmp_path / "file")
+    kept = tmp_path / "letters" / "natural" / "1" / "training.json"
+    kept.parent.mkdir(parents=True)
+    for content in ('{"settings": {', "[1]", "{}"):
+        kept.write_text(content)
+        with pytest.raises(ValueError, match="natural/1/training.json' is"):
+            run_study(study, tmp_path)
+
+
+def test_figures_that_are_not_finite_are_said_so(study):
+    cells = {1: {"scores": {"a": score([10, None, 30])}}}
+    assert str(estimate(cells, "a")) == "not finite"
 
 
 def test_an_empty_file_is_named(tmp_path):

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import ltm_hf
-from ltm_hf import PRESETS, preset_config
+from ltm_hf import PRESETS, LTMForCausalLM, preset_config
 from ltm_hf.data import train_tokenizer
 from ltm_hf.evaluation import Likelihood
 from ltm_hf.flops import paper_training_flops, training_flops
@@ -231,14 +231,20 @@ def test_what_is_unknown_is_not_invented(tmp_path):
     assert "released" not in card.text and "None" not in card.text and "nan" not in card.text
 
 
-@pytest.mark.parametrize("name", ["presidents' messages", "sotu", "corpus/texts.txt"])
+@pytest.mark.parametrize(
+    "name", ["presidents' messages", "sotu", "corpus/texts.txt", "/home/me/texts.txt", "~/texts.txt"]
+)
 def test_data_outside_the_hub_is_named_in_words_only(tmp_path, monkeypatch, name):
+    """Of a path on this machine it is the last part."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "texts.txt").touch()
-    card = write_model_card(tmp_path, of(), name="mine", dataset_name=name, likelihood=LIKELIHOOD)
+    card = write_model_card(tmp_path, of(), name=f"{tmp_path}/mine", dataset_name=name, likelihood=LIKELIHOOD)
+    name = name.split("/")[-1]
     assert card.data.datasets is None and section(card, "Training")[1]["data"] == name
-    assert card.data.eval_results[0].dataset_name == name
+    assert card.data.eval_results[0].dataset_name == name and card.data.model_name == "mine"
+    add_to_model_index(tmp_path, {str(tmp_path / "corpus"): LIKELIHOOD})
+    assert str(tmp_path) not in ModelCard.load(tmp_path / "README.md").data.to_yaml()
 
 
 def test_figures_that_json_cannot_hold(tmp_path):
@@ -476,12 +482,15 @@ def test_a_card_that_cannot_be_written_stops_nothing(make_trainer, tmp_path, cap
 
 def test_an_adapter_keeps_the_card_of_its_library(make_trainer, make_model, tmp_path):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))
-    trainer = make_trainer(model=model)
-    trainer.save_model()
-    trainer.create_model_card(language="en", finetuned_from="someone/before")
-    card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert card.data.library_name == "peft" and "latent thought vectors" not in card.text
+    base = make_model()
+    base.save_pretrained(tmp_path / "base")
+    model = LTMForCausalLM.from_pretrained(tmp_path / "base")
+    trainer = make_trainer(model=peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])))
+    for write in (trainer.save_model, lambda: trainer.create_model_card(language="en")):
+        write()
+        card = ModelCard.load(tmp_path / "run" / "README.md")
+        assert card.data.library_name == "peft" and "latent thought vectors" not in card.text
+        assert str(tmp_path) not in card.content and card.data.tags  # the path of the base model
 
 
 # In a process of its own: huggingface_hub reads HF_ENDPOINT once.

@@ -199,6 +199,22 @@ def test_only_the_assistant_is_scored_in_chat(make_trainer):
     assert "eval_from_prompt" in metrics
 
 
+def test_special_tokens_in_what_is_learned_are_text(make_trainer, tokenizer):
+    """In chat, pairs and plain texts: one end, after the answer, and the answer is what is scored."""
+    asked, answer = "<|endoftext|>?", "<|endoftext|> or <|beginoftext|>."
+    chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    for row, options in (
+        ({"messages": chat}, {"assistant_only_loss": True}),
+        ({"prompt": chat[:1], "completion": chat[1:]}, {}),
+        ({"prompt": asked, "completion": answer}, {}),
+        ({"text": answer}, {}),
+    ):
+        (row,) = make_trainer([row], **options).train_dataset
+        assert [i for i in row["input_ids"] if i in (0, 1)] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+        scored = [label for label in row["labels"] if label not in (-100, tokenizer.bos_token_id)]
+        assert tokenizer.decode(scored) == answer + "<|endoftext|>"
+
+
 @pytest.mark.parametrize(("infer_from", "bounds"), [("labels", True), ("prompt", False)])
 def test_the_card_calls_only_a_bound_a_bound(make_trainer, tmp_path, infer_from, bounds):
     trainer = make_trainer(infer_from=infer_from)
@@ -241,6 +257,52 @@ def test_a_loss_that_is_no_likelihood_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="loss_type must be 'nll'"):
         LTMSFTConfig(str(tmp_path), loss_type="dft")
+
+
+def test_padding_of_rows_of_ids_is_not_scored(make_trainer, make_ids):
+    """TRL makes a mask of its own, under which padding is text."""
+    ids = make_ids(rows=5).tolist()
+    plain = [{"input_ids": row, "completion_mask": [0] * 4 + [1] * 8} for row in ids]
+    padding = {"input_ids": [7] * 3, "completion_mask": [1] * 3}
+    padded = [
+        {name: padding[name] + values for name, values in row.items()} | {"attention_mask": [0] * 3 + [1] * 12}
+        for row in plain
+    ]
+    trainers = [make_trainer(rows, completion_only_loss=True) for rows in (plain, padded)]
+    found = [list(trainer.train_dataset.select_columns(["input_ids", "labels"])) for trainer in trainers]
+    assert found[0] == found[1] and found[0][0]["labels"][3:5] == [-100, ids[0][4]]
+    with pytest.raises(ValueError, match="column 'attention_mask', which would be left out"):
+        rows = [row | {"labels": row["input_ids"]} for row in padded]
+        make_trainer(rows, dataset_kwargs={"skip_prepare_dataset": True}).train()
+    with pytest.raises(ValueError, match="column 'position_ids'"):
+        make_trainer([{"input_ids": row, "position_ids": row} for row in ids])
+
+
+def test_a_set_without_rows_is_refused_when_the_trainer_is_made(make_trainer):
+    from ltm_hf.training.sft import LTMSFTTrainer
+
+    trainer = make_trainer()
+    given = dict(model=trainer.model, args=trainer.args, processing_class=trainer.processing_class)
+    rows = Dataset.from_list(QUESTIONS)
+    for name, sets in (
+        ("train_dataset", dict(train_dataset=rows.select([]))),
+        ("eval_dataset", dict(train_dataset=rows, eval_dataset=rows.select([]))),
+        ("other", dict(train_dataset=rows, eval_dataset={"other": rows.select([])})),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is empty"):
+            LTMSFTTrainer(**given, **sets)
+    with pytest.raises(ValueError, match="train_dataset is empty"):  # TRL drops what has nothing to score
+        make_trainer(max_length=4).train()
+
+
+def test_predictions_are_the_scored_ones(make_trainer):
+    """Past TRL's own way to the loss."""
+    trainer = make_trainer(infer_from="prompt", per_device_eval_batch_size=5)
+    trainer.model.config.inference_optimizer = "map"
+    found = trainer.predict(trainer.eval_dataset)
+    logits, labels = torch.tensor(found.predictions)[:, :-1], torch.tensor(found.label_ids)[:, 1:]
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    assert found.metrics["test_loss"] == pytest.approx(nats.item(), rel=1e-5)
 
 
 def test_trl_is_optional(monkeypatch):

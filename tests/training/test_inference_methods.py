@@ -84,7 +84,7 @@ def assert_close(found, expected):
         (0, {}, 1.0),
         (0, dict(kl_annealing_steps=4), 0.0),
         (1, dict(kl_annealing_steps=4), 0.25),
-        (3, dict(kl_annealing_steps=4, slow_gradient="trajectory"), 0.75),  # there is no trajectory
+        (3, dict(kl_annealing_steps=4), 0.75),
         (9, dict(kl_annealing_steps=4), 1.0),
         (9, dict(kl_annealing_steps=4, infer_from="text"), 1.0),
         (9, dict(infer_from="prompt"), 0.0),  # a predictor pays no KL

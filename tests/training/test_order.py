@@ -82,7 +82,10 @@ def test_another_batch_size_goes_on_in_the_same_order(tmp_path, make_model):
 def test_sequential_rows_and_another_seed(tmp_path, make_model):
     ordered = rows_of(tmp_path, make_model, train_sampling_strategy="sequential", per_device_train_batch_size=2)
     assert ordered == [i % 11 for i in range(60)]
-    orders = [rows_of(tmp_path / str(s), make_model, data_seed=s, per_device_train_batch_size=2) for s in (1, 1, 2)]
+    orders = [
+        rows_of(tmp_path / str(run), make_model, data_seed=seed, per_device_train_batch_size=2)
+        for run, seed in enumerate((1, 1, 2))
+    ]
     assert orders[0] == orders[1] != orders[2]
 
 
