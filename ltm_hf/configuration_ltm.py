@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from .modeling_ltm import LTMForCausalLM  # noqa: F401
 
 SELF_ATTENTIONS = ("mistral", "qwen2", "qwen3")
-_STEP_SIZES = {"variational": 0.5, "langevin": 0.1, "amortized": 0.5}  # where none is given
+READERS = ("memory", "paper")
 # Fields that are derived anew where these change. (A stride is kept with more positions: weights have learned by it.)
 _FOLLOWS = {
     "head_dim": {"hidden_size", "num_attention_heads"},
     "num_key_value_heads": {"num_attention_heads"},
     "latent_position_stride": {"num_latents"},
+    "inference_kl_weight": {"latent_reader"},
 }
 
 
@@ -34,8 +35,11 @@ def whole_number(name: str, value, least: int | None = None) -> int:
     return number
 
 
-def _is_finite(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+def positive_number(name: str, value) -> float:
+    """`value` as a float. Raises ValueError, naming it, unless it is a number above 0 and finite."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,15 @@ class InferenceSettings:
 
     inference_method: str
     num_inference_steps: int
-    inference_optimizer: str
-    inference_learning_rate: float
-    inference_lr_schedule: str
-    inference_weight_decay: float
-    inference_precision: str
+    inference_learning_rate: float | None
+    inference_lr_schedule: str | None
     inference_noise: str
+    inference_kl_weight: float
     inference_tolerance: float | None
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "inference_method": tuple(_STEP_SIZES),
-        "inference_optimizer": ("natural", "lbfgs", "map", "adamw"),
-        "inference_lr_schedule": ("constant", "cosine", "inverse"),
-        "inference_precision": ("stein", "unit"),
+    CHOICES: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "inference_method": ("natural", "adamw", "lbfgs", "langevin", "amortized"),
+        "inference_lr_schedule": (None, "constant", "cosine", "inverse"),
         "inference_noise": ("fresh", "fixed"),
     }
 
@@ -67,31 +67,28 @@ class InferenceSettings:
     def of(cls, config, **overrides) -> "InferenceSettings":
         """The settings of `config` (anything with these attributes), with the overrides that are not None.
 
-        A step size is of a fit or of a chain: a call that asks for the other than the config's takes its default.
+        A step size and its schedule are of a method: a call that asks for another takes that one's own.
         """
+        overrides = {name: value for name, value in overrides.items() if value is not None}
         settings = {field.name: getattr(config, field.name) for field in fields(cls)}
-        settings |= {name: value for name, value in overrides.items() if value is not None}
-        method = settings["inference_method"]
-        if (method == "langevin") != (config.inference_method == "langevin"):
-            settings["inference_learning_rate"] = overrides.get("inference_learning_rate")
-        if settings["inference_learning_rate"] is None:
-            settings["inference_learning_rate"] = _STEP_SIZES.get(method, 0.5)
-        return cls(**settings)
+        if overrides.get("inference_method", config.inference_method) != config.inference_method:
+            settings |= {"inference_learning_rate": None, "inference_lr_schedule": None}
+        return cls(**settings | overrides)
 
     def __post_init__(self):
-        steps = whole_number("num_inference_steps", self.num_inference_steps, least=0)
-        rate, decay, tolerance = self.inference_learning_rate, self.inference_weight_decay, self.inference_tolerance
-        if not (_is_finite(rate) and rate > 0):
-            raise ValueError(f"inference_learning_rate must be positive and finite, got {rate!r}.")
-        if not (_is_finite(decay) and decay >= 0):
-            raise ValueError(f"inference_weight_decay must be 0 or more and finite, got {decay!r}.")
-        if tolerance is not None and not _is_finite(tolerance):
+        tolerance = self.inference_tolerance
+        if tolerance is not None and not (isinstance(tolerance, Real) and math.isfinite(tolerance)):
             raise ValueError(f"inference_tolerance must be None or finite, got {tolerance!r}.")
-        object.__setattr__(self, "num_inference_steps", steps)  # numbers of numpy become Python's
-        object.__setattr__(self, "inference_learning_rate", float(rate))
+        # Numbers of numpy become Python's.
+        steps = whole_number("num_inference_steps", self.num_inference_steps, least=0)
+        object.__setattr__(self, "num_inference_steps", steps)
+        for name in ("inference_learning_rate", "inference_kl_weight"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, positive_number(name, getattr(self, name)))
         for name, allowed in self.CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}.")
+                names = ", ".join(map(str, allowed))
+                raise ValueError(f"{name} must be one of {names}; got {getattr(self, name)!r}.")
 
 
 @strict
@@ -99,62 +96,48 @@ class LTMConfig(PreTrainedConfig):
     r"""Everything that defines a Latent Thought Model and how it thinks by default.
 
     Decoder (paper section 3, "Decoder"):
-        vocab_size: entries of the vocabulary; the paper's is GPT-2's 50,257 and a begin-of-text token.
+        vocab_size: entries of the vocabulary.
         hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
         hidden_act, rms_norm_eps, initializer_range, attention_dropout, rope_parameters, tie_word_embeddings:
             as in Llama and Mistral. `num_key_value_heads=None` means one for each attention head.
         max_position_embeddings: tokens of a sequence (the paper's 1,024).
-        sliding_window: tokens a token can attend to, itself included; `None` is full attention.
+        sliding_window: tokens a token can attend to, itself included (the paper's 256); `None` is full attention.
         self_attention: whose self-attention the layers have: "mistral" (also Llama's; the paper's), "qwen2" (biases on
             queries, keys and values) or "qwen3" (a norm on each head's queries and keys).
 
     Latents:
-        num_latents: the TOTAL number of latent vectors (the paper's N_z), a multiple of the layers that read them; each
-            owns `latents_per_layer`, of width `hidden_size`. 0 builds the autoregressive baseline without
-            cross-attention.
-        cross_attention_layers: the layers that read latents, counted from 0, or from -1 back; `None` is all, as in the
-            paper. The others have no cross-attention, and those before the first are computed once for all steps.
+        num_latents: vectors of width `hidden_size` in all (the paper's N_z). 0 builds the autoregressive twin, which
+            reads none.
+        latent_reader: how they are read. "memory": after the last layer, by learned addresses; they hold a posterior
+            given the text so far, which each token updates (memory_ltm.py). "paper": in each layer, by cross-attention
+            between self-attention and MLP; each layer that reads has `latents_per_layer` of its own.
+        latent_gate_init: start of a learned gate for each channel of what is read; None, with "paper" alone, is none,
+            as published.
+      Of "memory" alone:
+        latent_chunk: tokens that read the same posterior, before what they add to it is in it; at most the window.
+      Of "paper" alone:
+        latent_layers: the layers that read, counted from 0, or from -1 back; `None` is all, as published. Those before
+            the first are computed once for all steps of inference.
         latent_position_stride: distance between the rotary positions of a layer's latents; default
-            `max_position_embeddings // num_latents`, as in the paper.
-        latent_embedding_std: standard deviation, at first, of a learned vector for each latent, added to it where it is
-            read; `None` is the paper's layer, which has none. Without them the latents of a layer are all the same to a
-            decoder that reads z = 0, and the first gradient there moves them alike.
-        cross_attention_rotary: queries and latent keys rotate, as in the paper. Without, which latents a token reads
-            depends on what it says and not on where it stands.
-        cross_attention_keys: what latents are found by: "latents", keys are projections of what is in them, as in the
-            paper, or "embeddings", of their embeddings alone. Then inference changes what a token reads and never where
-            it looks, and reading z = 0 is the same as having no latents.
-        cross_attention_query_std: standard deviation, at first, of the projections to queries and latent keys; `None`
-            is `initializer_range`, with which a token reads all latents of a layer alike at first.
-        cross_attention_value_projection: latents pass through a projection on their way into the heads and another on
-            their way out, as in the paper. Without, the residual stream gets what is read of the latents as they are,
-            times the gate: a layer of few parameters. Each head then needs keys of its own, and all heads together must
-            be as wide as `hidden_size`.
-        cross_attention_after_mlp: a layer that reads latents does so after its MLP, and not between its self-attention
-            and it, as in the paper. In the last layer, what inference computes anew at each step is then little more
-            than the vocabulary's projection.
-        cross_attention_gate_init: start value of a learned gate for each channel of the cross-attention's output;
-            `None` is the paper's layer, which has no gate.
+            `max_position_embeddings // num_latents`, as published.
 
-    Inference (paper Algorithm 1, fast loop). Defaults of `infer_posterior` and `generate`; each call can override them:
-        inference_method: "variational" (the paper's), or one of its ablations (section 5). "langevin" makes of z a
-            sample by Langevin dynamics from the prior: a point, which has no finite bound. "amortized" builds an
-            encoder into the model, trained with the decoder as a VAE: no steps, and no other setting matters.
+    Inference. Defaults of `infer_posterior` and `generate`; each call can override them:
+        inference_method: "natural" (natural gradient from the prior; the memory's, there in closed form), "adamw" (the
+            paper's, Algorithm 1), "lbfgs" (to the mode, without noise: the best bound in two to four steps, of a
+            decoder that has learned with another), or one of the paper's ablations (section 5): "langevin" makes of z a
+            sample by Langevin dynamics from the prior, a point, which has no finite bound; "amortized" builds an
+            encoder into the model, trained with the decoder as a VAE: no steps.
         num_inference_steps: gradient steps on the ELBO (T_fast), or of the chain; 0 leaves the posterior at its start.
-        inference_learning_rate: step size: ρ for "natural" and "map", the first step's for "lbfgs", η_fast for "adamw",
-            all 0.5 by default; s for "langevin", 0.1, which stays the same. A chain has forgotten its start when s·T is
-            well above 1.
-      Of "variational" alone:
-        inference_optimizer: "natural" (natural gradient from the prior), "lbfgs" (to the mode, without noise: the
-            best bound in two to four steps, of a decoder that has learned with another), "map" (plain steps of the mean
-            alone: for a decoder that has learned with `slow_gradient="unrolled"`) or "adamw" (the paper).
-        inference_lr_schedule: "constant"; "cosine" (to a tenth); "inverse" (ρ / (1 + ρ t)).
-        inference_weight_decay: of "adamw" on mean and log-variance.
-        inference_precision: "stein" updates the precision of "natural" by the Stein estimate; "unit" holds it at 1.
+            Of a memory, passes over a prompt: 1 reads it once, and 0 reads it without a memory.
+        inference_learning_rate: step size. Default: 0.5 for "natural" (ρ) and "lbfgs" (its first step), 0.3 for "adamw"
+            (η_fast), 0.1 for "langevin" (s).
+        inference_lr_schedule: "constant"; "cosine" (to a tenth); "inverse" (ρ / (1 + ρ t)). Default: "inverse" for
+            "natural", else "constant".
         inference_noise: "fresh" draws new noise each step (Algorithm 1); "fixed" one for the loop (released code).
+        inference_kl_weight: κ, weight of the KL in what inference maximises; 1 is the ELBO. Below, the posterior is a
+            cold one (Wenzel et al. 2020). Default: 0.01 for "memory", 1 for "paper".
         inference_tolerance: stop a sequence's steps when its ELBO gains less than this in 4 steps over the 4 before, in
             nats a token; None runs them all.
-        initial_mean_std, initial_log_variance, initial_log_variance_std: where "adamw" starts.
 
     Raises ValueError for values that do not fit together. Wrong types raise at construction and on assignment.
     """
@@ -204,33 +187,20 @@ class LTMConfig(PreTrainedConfig):
     self_attention: str = "mistral"
     attention_dropout: float | int = 0.0
 
-    latent_reader: str = "paper"
-    latent_chunk: int = 8
+    num_latents: int = 64
+    latent_reader: str = "memory"
     latent_gate_init: float | int | None = 0.2
-    inference_kl_weight: float | int = 0.01
-    num_latents: int = 24
+    latent_chunk: int = 8
+    latent_layers: list[int] | None = None
     latent_position_stride: int | None = None
-    latent_embedding_std: float | int | None = None
-    cross_attention_layers: list[int] | None = None
-    cross_attention_rotary: bool = True
-    cross_attention_keys: str = "latents"
-    cross_attention_query_std: float | int | None = None
-    cross_attention_value_projection: bool = True
-    cross_attention_after_mlp: bool = False
-    cross_attention_gate_init: float | int | None = 0.1
 
-    inference_method: str = "variational"
-    num_inference_steps: int = 2
-    inference_optimizer: str = "natural"
+    inference_method: str = "natural"
+    num_inference_steps: int = 1
     inference_learning_rate: float | int | None = None
-    inference_lr_schedule: str = "inverse"
-    inference_weight_decay: float | int = 0.01
-    inference_precision: str = "stein"
+    inference_lr_schedule: str | None = None
     inference_noise: str = "fresh"
+    inference_kl_weight: float | int | None = None
     inference_tolerance: float | int | None = None
-    initial_mean_std: float | int = 0.01
-    initial_log_variance: float | int = -5.0
-    initial_log_variance_std: float | int = 0.1
 
     def __post_init__(self, **kwargs):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -261,44 +231,10 @@ class LTMConfig(PreTrainedConfig):
             raise ValueError(
                 f"self_attention must be one of {', '.join(SELF_ATTENTIONS)}; got {self.self_attention!r}."
             )
-        if self.cross_attention_layers is not None:
-            depth, named = self.num_hidden_layers, self.cross_attention_layers
-            layers = sorted({layer % depth for layer in named})
-            if not layers or len(layers) < len(named) or not all(-depth <= layer < depth for layer in named):
-                raise ValueError(
-                    f"cross_attention_layers must be None or different layers of the {depth} (0 to {depth - 1}), "
-                    f"got {named}."
-                )
-            self.cross_attention_layers = layers
-        owners = (
-            1 if self.latent_reader == "memory" else len(self.cross_attention_layers or range(self.num_hidden_layers))
-        )
-        if self.num_latents < 0 or self.num_latents % owners:
-            counted = "num_hidden_layers" if self.cross_attention_layers is None else "the cross_attention_layers"
-            raise ValueError(
-                f"num_latents ({self.num_latents}) must be 0 or a multiple of {counted} ({owners}): it counts the "
-                "latents of all layers together."
-            )
-        for name in ("latent_embedding_std", "cross_attention_query_std"):
-            std = getattr(self, name)
-            if std is not None and not 0 <= std < math.inf:
-                raise ValueError(f"{name} must be None, or 0 or more and finite, got {std}.")
-        if self.cross_attention_keys not in ("latents", "embeddings"):
-            raise ValueError(f"cross_attention_keys must be latents or embeddings, got {self.cross_attention_keys!r}.")
-        if self.cross_attention_keys == "embeddings" and self.latent_embedding_std is None:
-            raise ValueError("cross_attention_keys='embeddings' needs a latent_embedding_std: there are none.")
-        if not self.cross_attention_value_projection and not (
-            self.num_key_value_heads == self.num_attention_heads == self.hidden_size / self.head_dim
-        ):
-            raise ValueError(
-                "cross_attention_value_projection=False needs num_key_value_heads = num_attention_heads, and "
-                f"num_attention_heads · head_dim = hidden_size, got {self.num_key_value_heads}, "
-                f"{self.num_attention_heads}, {self.head_dim} and {self.hidden_size}."
-            )
+        self._check_latents()
         InferenceSettings.of(self)  # raises where a setting cannot work
         # Rules for modules that this model lacks would be warned of at each parallel load.
-        # Without projections of values, cross-attention is not split.
-        lacking = [] if self.num_latents and self.cross_attention_value_projection else [".cross_attn."]
+        lacking = [] if self.reading_layers else [".cross_attn."]
         lacking += [] if self.self_attention == "qwen3" else [".q_norm", ".k_norm"]
         self.base_model_tp_plan = {
             name: rule for name, rule in self.base_model_tp_plan.items() if not any(part in name for part in lacking)
@@ -317,6 +253,51 @@ class LTMConfig(PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    def _check_latents(self):
+        if self.latent_reader not in READERS:
+            raise ValueError(f"latent_reader must be one of {', '.join(READERS)}; got {self.latent_reader!r}.")
+        if self.latent_reader == "memory":
+            self._check_memory()
+        if self.latent_layers is not None:
+            depth, named = self.num_hidden_layers, self.latent_layers
+            layers = sorted({layer % depth for layer in named})
+            if not layers or len(layers) < len(named) or not all(-depth <= layer < depth for layer in named):
+                raise ValueError(
+                    f"latent_layers must be None or different layers of the {depth} (0 to {depth - 1}), got {named}."
+                )
+            self.latent_layers = layers
+        if self.num_latents < 0 or self.num_latents % self._owners:
+            counted = "num_hidden_layers" if self.latent_layers is None else "the latent_layers"
+            raise ValueError(
+                f"num_latents ({self.num_latents}) must be 0 or a multiple of {counted} ({self._owners}): it counts "
+                "the latents of all layers together."
+            )
+
+    def _check_memory(self):
+        if self.latent_layers is not None:
+            raise ValueError("latent_layers is for latent_reader='paper': a memory is read after the last layer.")
+        if self.inference_method != "natural":
+            raise ValueError(
+                f"latent_reader='memory' infers by inference_method='natural' alone, got {self.inference_method!r}."
+            )
+        if self.latent_gate_init is None:
+            raise ValueError("latent_gate_init must be a number for latent_reader='memory', which is read by a gate.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"latent_reader='memory' needs a hidden_size ({self.hidden_size}) that is a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})."
+            )
+        if self.latent_chunk < 1 or (self.sliding_window is not None and self.latent_chunk > self.sliding_window):
+            raise ValueError(
+                f"latent_chunk must be at least 1 and at most sliding_window ({self.sliding_window}), since tokens of "
+                f"a chunk read each other by attention alone; got {self.latent_chunk}."
+            )
+
+    @property
+    def _owners(self) -> int:
+        """How many layers share the latents out."""
+        return 1 if self.latent_reader == "memory" else len(self.latent_layers or range(self.num_hidden_layers))
+
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As in transformers, which would load a checkpoint of another architecture with no more than a warning, and
@@ -334,9 +315,10 @@ class LTMConfig(PreTrainedConfig):
     def _derived(self) -> dict[str, int]:
         """What fields are that nobody sets."""
         derived = {"num_key_value_heads": self.num_attention_heads}
+        derived["inference_kl_weight"] = 0.01 if self.latent_reader == "memory" else 1.0
         if self.hidden_size % self.num_attention_heads == 0:
             derived["head_dim"] = self.hidden_size // self.num_attention_heads
-        if self.num_latents:
+        if self.num_latents and self.latent_reader == "paper":
             derived["latent_position_stride"] = max(1, self.max_position_embeddings // self.num_latents)
         return derived
 
@@ -348,24 +330,25 @@ class LTMConfig(PreTrainedConfig):
 
     @property
     def reading_layers(self) -> list[int]:
-        """The layers that read latents; none without latents, and of the first alone in an early exit."""
-        if self.latent_reader == "memory":
+        """The layers with a cross-attention to latents, of the first ones alone in an early exit."""
+        if self.latent_reader == "memory" or not self.num_latents:
             return []
-        layers = self.cross_attention_layers or range(self.num_hidden_layers)
-        return [layer for layer in layers if layer < self.num_hidden_layers] if self.num_latents else []
+        layers = self.latent_layers or range(self.num_hidden_layers)
+        return [layer for layer in layers if layer < self.num_hidden_layers]
+
+    @property
+    def has_memory(self) -> bool:
+        return self.latent_reader == "memory" and self.num_latents > 0
 
     @property
     def latents_per_layer(self) -> int:
         """Of a layer that reads latents."""
-        if self.latent_reader == "memory":
-            return self.num_latents
-        return self.num_latents // len(self.cross_attention_layers or range(self.num_hidden_layers))
+        return self.num_latents // self._owners
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(layers that read latents, latents a layer, hidden): the shape of one sequence's latents."""
-        layers = 1 if self.latent_reader == "memory" else len(self.reading_layers)
-        return (layers, self.latents_per_layer, self.hidden_size)
+        return (1 if self.has_memory else len(self.reading_layers), self.latents_per_layer, self.hidden_size)
 
 
 __all__ = ["InferenceSettings", "LTMConfig"]

@@ -4,7 +4,6 @@ Shapes: B batch, S tokens, N latents a layer, D hidden, H attention heads, K key
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -21,7 +20,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from .configuration_ltm import LTMConfig
-from .posterior_ltm import Prelude
 
 SELF_ATTENTIONS = {"mistral": MistralAttention, "qwen2": Qwen2Attention, "qwen3": Qwen3Attention}
 
@@ -32,21 +30,8 @@ def apply_rotary(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, 
     return states * cos + rotate_half(states) * sin
 
 
-class LTMLatentEmbeddings(nn.Module):
-    """A learned vector for each of a layer's latents, added to it. A module of its own, as `LTMGate`."""
-
-    def __init__(self, config: LTMConfig):
-        super().__init__()
-        self.std = config.latent_embedding_std
-        self.weight = nn.Parameter(torch.zeros(config.latents_per_layer, config.hidden_size))
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents + self.weight
-
-
 class LTMCrossAttention(nn.Module):
-    """Tokens ask, the layer's latents answer. Queries rotate at their token's position, latent keys at 0, s, 2s, …;
-    neither does without `cross_attention_rotary`."""
+    """Tokens ask, the layer's latents answer. Queries rotate at their token's position, latent keys at 0, s, 2s, …"""
 
     def __init__(self, config: LTMConfig):
         super().__init__()
@@ -58,29 +43,18 @@ class LTMCrossAttention(nn.Module):
         self.is_causal = False
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        if config.cross_attention_value_projection:
-            self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-            self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
-            self.o_proj.adds_to_residual = True  # for `_init_weights`
-        else:
-            self.v_proj, self.o_proj = nn.Identity(), nn.Identity()
-        self.q_proj.finds_latents = self.k_proj.finds_latents = True
-        embedded = config.latent_embedding_std is not None
-        self.latent_embeddings = LTMLatentEmbeddings(config) if embedded else nn.Identity()
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj.adds_to_residual = True  # for `_init_weights`
 
     def project_latents(
         self, latents: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """(B, N, D) latents to (B, 2, K, N, d): rotated keys, then values."""
-        heads, dtype = (*latents.shape[:-1], -1, self.head_dim), position_embeddings[0].dtype
-        if self.config.cross_attention_keys == "embeddings":
-            keys, values = self.latent_embeddings(torch.zeros_like(latents)).to(dtype), latents.to(dtype)
-        else:
-            keys = values = self.latent_embeddings(latents).to(dtype)
-        keys = self.k_proj(keys).view(heads).transpose(1, 2)
-        values = self.v_proj(values).view(heads).transpose(1, 2)
-        if self.config.cross_attention_rotary:
-            keys = apply_rotary(keys, tuple(table.to(keys.device) for table in position_embeddings))
+        heads, latents = (*latents.shape[:-1], -1, self.head_dim), latents.to(position_embeddings[0].dtype)
+        keys = self.k_proj(latents).view(heads).transpose(1, 2)
+        values = self.v_proj(latents).view(heads).transpose(1, 2)
+        keys = apply_rotary(keys, tuple(table.to(keys.device) for table in position_embeddings))
         return torch.stack((keys, values), dim=1)
 
     def forward(
@@ -90,9 +64,7 @@ class LTMCrossAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        queries = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        if self.config.cross_attention_rotary:
-            queries = apply_rotary(queries, position_embeddings)
+        queries = apply_rotary(self.q_proj(hidden_states).view(heads).transpose(1, 2), position_embeddings)
         keys, values = latent_key_values.to(queries.dtype).unbind(dim=1)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -129,43 +101,35 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
         self.mlp = MistralMLP(config)
         self.input_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.reads_after_mlp = reads_latents and config.cross_attention_after_mlp
         if reads_latents:
             self.cross_attn = LTMCrossAttention(config)
             self.cross_attention_layernorm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-            if config.cross_attention_gate_init is None:
-                self.cross_attention_gate = nn.Identity()
-            else:
-                self.cross_attention_gate = LTMGate(config.hidden_size, config.cross_attention_gate_init)
+            gated = config.latent_gate_init is not None
+            self.cross_attention_gate = LTMGate(config.hidden_size, config.latent_gate_init) if gated else nn.Identity()
         self.self_attn.o_proj.adds_to_residual = True  # for `_init_weights`
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        latents: torch.Tensor | None,
-        latent_key_values: torch.Tensor | None,
+        latents: torch.Tensor | None = None,
+        latent_key_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         latent_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        prelude: Prelude | None = None,
+        half: str | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        if prelude is None or prelude.hidden_states is None:
-            with torch.no_grad() if prelude is not None and prelude.frozen else nullcontext():
-                attended, _ = self.self_attn(
-                    hidden_states=self.input_layernorm(hidden_states),
-                    attention_mask=attention_mask,
-                    position_embeddings=position_embeddings,
-                    **kwargs,  # the cache among them
-                )
-                hidden_states = hidden_states + attended
-                if self.reads_after_mlp:
-                    hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-            if prelude is not None:
-                prelude.hidden_states = hidden_states
-        else:
-            hidden_states = prelude.hidden_states
-
+        """half: "first", what no latent of this layer changes; "second", the rest; None, both."""
+        if half != "second":
+            attended, _ = self.self_attn(
+                hidden_states=self.input_layernorm(hidden_states),
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **kwargs,  # the cache among them
+            )
+            hidden_states = hidden_states + attended
+        if half == "first":
+            return hidden_states
         if latents is not None:
             latent_key_values = self.cross_attn.project_latents(latents, latent_position_embeddings)
         if latent_key_values is not None:
@@ -173,6 +137,4 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
                 self.cross_attention_layernorm(hidden_states), latent_key_values, position_embeddings
             )
             hidden_states = hidden_states + self.cross_attention_gate(thought)
-        if not self.reads_after_mlp:
-            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))

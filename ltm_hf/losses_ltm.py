@@ -1,25 +1,37 @@
 """Losses of tokens from hidden states, without logits of a whole batch: they exist a chunk at a time."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .posterior_ltm import IGNORED, Prelude
-
+IGNORED = -100  # the label that is not scored, as everywhere in transformers
 CHUNK_BYTES = 2**25  # of float32 logits, the most that the losses below hold at a time
 
 
-def token_losses(
-    head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor, prelude: Prelude | None = None
-) -> torch.Tensor:
+class Scored(NamedTuple):
+    """The tokens that are scored, M of them: rows and positions, and the targets there."""
+
+    places: tuple[torch.Tensor, ...]
+    targets: torch.Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, targets: torch.Tensor) -> "Scored":
+        """Of targets (B, S), -100 where nothing is scored. Waits for a GPU."""
+        places = (targets != IGNORED).nonzero(as_tuple=True)
+        return cls(places, targets[places].long(), targets.shape)
+
+
+def token_losses(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor | Scored) -> torch.Tensor:
     """(B, S) float32 nats, -log p of the targets (B, S) given hidden states (B, S, D); 0 where a target is -100.
 
     A head that is frozen, or used without a graph, gets the scored tokens alone, a chunk at a time. All tokens at once
     go to one that learns or is compiled, and to one with hooks, which may count calls or gather weights at each.
-    prelude: of these targets, to keep in it which are scored; then one that learns gets these alone, too.
     """
-    hooked, learns = head._forward_hooks or head._forward_pre_hooks, _learns(head)
-    if (learns and prelude is None) or hooked or torch.compiler.is_compiling():
+    hooked = head._forward_hooks or head._forward_pre_hooks
+    if torch.is_tensor(targets) and (learns(head) or hooked or torch.compiler.is_compiling()):
         logits = head(hidden_states)
         losses = F.cross_entropy(
             logits.float().flatten(0, 1),
@@ -28,19 +40,13 @@ def token_losses(
             reduction="none",
         )
         return losses.view(targets.shape)
-    scored = None if prelude is None else prelude.scored
-    if scored is None:
-        targets = targets.to(hidden_states.device)
-        places = (targets != IGNORED).nonzero(as_tuple=True)  # which waits for a GPU
-        scored = places, targets[places].long()
-        if prelude is not None:
-            prelude.scored = scored
-    places, wanted = scored
-    if learns:  # with gradients of gradients
-        losses = F.cross_entropy(head(hidden_states[places]).float(), wanted, reduction="none")
+    scored = Scored.of(targets.to(hidden_states.device)) if torch.is_tensor(targets) else targets
+    states = hidden_states[scored.places]
+    if learns(head) or hooked:
+        losses = F.cross_entropy(head(states).float(), scored.targets.to(states.device), reduction="none")
     else:
-        losses = _FrozenHeadLosses.apply(hidden_states[places], wanted, head)
-    return losses.new_zeros(targets.shape).index_put(places, losses)
+        losses = _FrozenHeadLosses.apply(states, scored.targets, head)
+    return losses.new_zeros(scored.shape).index_put(scored.places, losses)
 
 
 def mean_loss(
@@ -57,7 +63,7 @@ def mean_loss(
     """
     if num_items is None:
         num_items = (targets != IGNORED).sum()
-    if not (_learns(head) and _is_plain_linear(head)) or torch.compiler.is_compiling():
+    if not (learns(head) and _is_plain_linear(head)) or torch.compiler.is_compiling():
         total = token_losses(head, hidden_states, targets).sum()
         return total / (num_items.to(total.device) if torch.is_tensor(num_items) else num_items)
     targets = targets.to(hidden_states.device)
@@ -66,7 +72,7 @@ def mean_loss(
     return _LearningHeadLoss.apply(hidden_states[scored], targets[scored].long(), head.weight, num_items)
 
 
-def _learns(head: nn.Module) -> bool:
+def learns(head: nn.Module) -> bool:
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head.parameters())
 
 
@@ -199,7 +205,7 @@ class HeadPass:
     def __init__(self, head: nn.Module):
         self.head = head
         self.weight_gradient = None
-        if _learns(head) and _is_plain_linear(head):
+        if learns(head) and _is_plain_linear(head):
             kind = head.weight.device.type
             autocast = torch.is_autocast_enabled(kind)
             self._matrix = head.weight.detach().to(torch.get_autocast_dtype(kind) if autocast else head.weight.dtype)

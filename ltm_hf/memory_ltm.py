@@ -29,8 +29,8 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from .configuration_ltm import LTMConfig
 from .layers_ltm import LTMGate
-from .losses_ltm import HeadPass
-from .posterior_ltm import IGNORED, LatentPosterior
+from .losses_ltm import IGNORED, HeadPass
+from .posterior_ltm import LatentPosterior
 
 # ------------------------------------------------------------------ the reader
 
@@ -244,6 +244,36 @@ def _rows_of(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------ reading a text
 
 
+class Lesson(NamedTuple):
+    """What a memory is to learn of a text, (B, S) each.
+
+    targets: the token after each, or the label of it where it is scored; -100 where none is known. writes: bool, whose
+    errors the memory takes. is_scored: bool. mask: bool, real tokens, or None for all. first_ids: (B,), of each row.
+    """
+
+    targets: torch.Tensor
+    writes: torch.Tensor
+    is_scored: torch.Tensor
+    mask: torch.Tensor | None
+    first_ids: torch.Tensor
+
+    @classmethod
+    def of(cls, input_ids, attention_mask=None, scored=None, writes=None) -> "Lesson":
+        """scored: (B, S), already shifted; None for all. writes: (B, S), tokens that may be learned from; None for all.
+        attention_mask: (B, tokens of a cache and S)."""
+        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
+        targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
+        if mask is not None:
+            targets = targets.masked_fill(~(mask & F.pad(mask[:, 1:], (0, 1))), IGNORED)
+        known, first_ids = targets != IGNORED, input_ids[:, 0]
+        is_scored = known if scored is None else known & (scored != IGNORED)
+        targets = targets if scored is None else torch.where(is_scored, scored, targets)
+        writes = known if writes is None else known & F.pad(writes[:, 1:], (0, 1)).bool()
+        if mask is not None:
+            first_ids = input_ids.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
+        return cls(targets, writes, is_scored, mask, first_ids)
+
+
 class Thought(NamedTuple):
     """What reading a text gave, without a graph.
 
@@ -267,34 +297,30 @@ def think(
     norm: nn.Module,
     head_pass: HeadPass,
     hidden_states: torch.Tensor,
-    targets: torch.Tensor,
+    lesson: Lesson,
     state: torch.Tensor | MemoryState,
-    writes: torch.Tensor | None = None,
     scores: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
-    first_ids: torch.Tensor | None = None,
     keep: bool = False,
 ) -> Thought:
     """Read a text, and infer from it on the way.
 
-    hidden_states: (B, S, D), as the last layer leaves them. targets: (B, S), the token after each, -100 where it is not
-    known. writes: (B, S) bool, whose errors the memory takes; None for all that are known. scores: (B, S), the weight
-    of each token's nats in the loss. mask: (B, S) bool, real tokens. noise: (B, S, D), standard normal: each token
-    reads a fresh sample of its posterior; None: the mean. state: of the text before, whose last error comes with
-    first_ids (B,); or where a text starts, (B, H, N, d + 1). keep: return the state after the text.
+    hidden_states: (B, S, D), as the last layer leaves them. state: of the text before, or where a text starts,
+    (B, H, N, d + 1). scores: (B, S), the weight of each token's nats in the loss. noise: (B, S, D), standard normal:
+    each token reads a fresh sample of its posterior; None: the mean. keep: return the state after the text.
     """
+    mask = lesson.mask
     begun = isinstance(state, MemoryState)
     start = torch.cat((state.mean, state.precision), dim=-1) if begun else state
     offset = state.count % reader.chunk if begun else None
     if begun:
-        state = _close(reader, norm, head_pass, state, first_ids, mask)
+        state = _close(reader, norm, head_pass, state, lesson)
     else:
         state = MemoryState.of(state, hidden_states.shape[-1])
     grid = Grid(hidden_states.shape[:2], reader.chunk, mask, offset)
     weights = grid.chunks(reader.weights(hidden_states).transpose(1, 2)).transpose(2, 3)  # (B, K, H, C, N)
-    hidden, wanted = grid.chunks(hidden_states), grid.chunks(targets, IGNORED)
-    writing = wanted != IGNORED if writes is None else grid.chunks(writes) & (wanted != IGNORED)
+    hidden, wanted = grid.chunks(hidden_states), grid.chunks(lesson.targets, IGNORED)
+    writing = grid.chunks(lesson.writes)
     scored = None if scores is None else grid.chunks(scores)
     noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
     found = []
@@ -345,10 +371,10 @@ def _errors(reader, norm, head_pass, hidden, read, targets, scores):
     return residual.detach(), nats.view(targets.shape), gradient, errors.float()
 
 
-def _close(reader, norm, head_pass, state, first_ids, mask) -> MemoryState:
+def _close(reader, norm, head_pass, state, lesson: Lesson) -> MemoryState:
     """With the error of the last token read, now that the next one is known."""
-    rows = state.open if mask is None else state.open & mask.any(dim=1)
-    targets = torch.where(rows, first_ids, IGNORED)[:, None]
+    rows = state.open if lesson.mask is None else state.open & lesson.mask.any(dim=1)
+    targets = torch.where(rows, lesson.first_ids, IGNORED)[:, None]
     nothing = reader.heads_apart(torch.zeros_like(state.residual))
     _, _, _, errors = _errors(reader, norm, head_pass, state.residual, nothing, targets, None)
     moved, sharpened = reader.gains(state.weights, errors)

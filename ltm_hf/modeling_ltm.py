@@ -8,8 +8,8 @@ self-attention and feed-forward (paper section 3), and a learned gate on that cr
 
 import inspect
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,10 +17,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
@@ -41,10 +38,12 @@ from .cache_ltm import CACHE, CacheByBothNames, check_filled_with_latents, keep_
 from .configuration_ltm import LTMConfig
 from .encoder_ltm import LTMEncoder
 from .generation_ltm import LTMGenerationMixin
-from .layers_ltm import SELF_ATTENTIONS, LTMCrossAttention, LTMDecoderLayer, LTMGate, LTMLatentEmbeddings
-from .losses_ltm import HeadPass, KnownLoss, mean_loss, token_losses
-from .memory_ltm import LTMAddresses, LTMScales, MemoryReader, relive, think
-from .posterior_ltm import IGNORED, Prelude, elbo, infer_posterior, sample_prior
+from .inference_ltm import infer_posterior
+from .layers_ltm import SELF_ATTENTIONS, LTMCrossAttention, LTMDecoderLayer, LTMGate
+from .likelihood_ltm import elbo
+from .losses_ltm import IGNORED, HeadPass, KnownLoss, Scored, mean_loss, token_losses
+from .memory_ltm import Lesson, LTMAddresses, LTMScales, MemoryReader, relive, think
+from .posterior_ltm import sample_prior
 
 # Arguments of `forward` that are for others: transformers' decorators, and attention functions with **kwargs.
 _PASSED_ON = {"output_hidden_states", "output_attentions", "return_dict", *FlashAttentionKwargs.__annotations__}
@@ -109,17 +108,33 @@ class LTMPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=LTMAddresses.SHARPNESS * self.config.hidden_size**-0.5)
         elif getattr(module, "starts_as_identity", False):
             init.eye_(module.weight)
-        elif isinstance(module, LTMLatentEmbeddings):
-            init.normal_(module.weight, mean=0.0, std=module.std)
         elif getattr(module, "adds_to_residual", False):
             # Two attentions a layer add to the residual stream: keep its variance independent of depth. The mark is on
             # the projection: in code that is not its own, transformers passes over modules that only hold others.
             std = self.config.initializer_range / (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
-        elif getattr(module, "finds_latents", False) and self.config.cross_attention_query_std is not None:
-            init.normal_(module.weight, mean=0.0, std=self.config.cross_attention_query_std)
         elif getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
+
+
+class DecoderState(NamedTuple):
+    """What no latent changes of a pass over a text.
+
+    hidden_states: (B, S, D), as they meet the first latents. scored: the tokens to score, where that is known ahead.
+    The others are what layers share.
+    """
+
+    hidden_states: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    latent_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    scored: Scored | None = None
+
+    @property
+    def shared(self) -> dict:
+        names = ("attention_mask", "position_ids", "position_embeddings", "latent_position_embeddings")
+        return {name: getattr(self, name) for name in names}
 
 
 class LTMModel(LTMPreTrainedModel):
@@ -133,7 +148,7 @@ class LTMModel(LTMPreTrainedModel):
         self.layers = nn.ModuleList(
             LTMDecoderLayer(config, index, index in config.reading_layers) for index in range(config.num_hidden_layers)
         )
-        if config.num_latents and config.latent_reader == "memory":
+        if config.has_memory:
             self.reader = MemoryReader(config)
         self.norm = MistralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = MistralRotaryEmbedding(config=config)
@@ -148,9 +163,11 @@ class LTMModel(LTMPreTrainedModel):
     def project_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, L, N, D) latents to the keys and values (B, L, 2, K, N, d) that `forward` takes instead of them.
 
-        Generation calls this once and reads the result at every token.
+        Generation calls this once and reads the result at every token. Raises ValueError for a memory, which has none.
         """
         check_latents(self.config, latents)
+        if self.config.has_memory:
+            raise ValueError("A memory's latents have no keys and values: give them as latents.")
         tables = self.latent_position_embeddings(latents.to(self.dtype))
         projected = []
         for index, number in enumerate(self.config.reading_layers):
@@ -175,9 +192,10 @@ class LTMModel(LTMPreTrainedModel):
         latents: torch.FloatTensor | None = None,
         latent_key_values: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        prelude: Prelude | None = None,
         cache: Cache | None = None,
-        before_norm: bool = False,
+        state: DecoderState | None = None,
+        until_latents: bool = False,
+        normed: bool = True,
         **kwargs,
     ) -> LTMModelOutputWithPast:
         """Hidden states (B, S, D) of tokens given latents.
@@ -187,78 +205,62 @@ class LTMModel(LTMPreTrainedModel):
         cache, past_key_values: two names of one argument. It holds the latents that it is filled with, and later calls
             read these unless they give others.
         position_ids: counted over the unmasked tokens by default, so that padding on either side changes nothing.
-        prelude: of these tokens under these weights; the fast loop's own, for a decoder without a cache. Without
-            latents it is filled for the passes that read some.
+        until_latents: stop there, and return a `DecoderState`. state: go on from one; then no tokens are given.
+        normed: with the last norm.
         kwargs: of the attention function, and transformers' `output_hidden_states` and the like.
 
         Raises ValueError for latents of another shape, or given twice, and for some with a cache that was filled
         without; TypeError for an argument that nobody knows.
         """
         cache = the_cache(cache, past_key_values)
-        paged = not isinstance(cache, Cache | None)  # of continuous batching, which has a protocol of its own
-        if not paged:
+        if not _is_paged(cache):
             self._check_known(kwargs)
-        if cache is not None and not paged and not torch.compiler.is_compiling():
-            if before_norm:
-                pass
-            elif latents is None and latent_key_values is None:
-                given = kept_latents(cache)
-                latents, latent_key_values = given.get("latents"), given.get("latent_key_values")
-            else:
-                check_filled_with_latents(cache)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of input_ids and inputs_embeds must be given.")
+            if cache is not None and not until_latents and not torch.compiler.is_compiling():
+                latents, latent_key_values = _with_kept(cache, latents, latent_key_values)
+        if (input_ids is not None) + (inputs_embeds is not None) + (state is not None) != 1:
+            raise ValueError("Exactly one of input_ids, inputs_embeds and state must be given.")
         # .shape, not len(): torch.export keeps the batch size symbolic.
-        batch_size = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        tokens = next(x for x in (input_ids, inputs_embeds, state and state.hidden_states) if x is not None)
+        self._check_latents(latents, latent_key_values, tokens.shape[0])
+        part = "first" if until_latents else None if state is None else "second"
+        if state is None:
+            has_latents = until_latents or latents is not None
+            state, cache = self._enter(
+                input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache, has_latents
+            )
+        cached = {"cache" if _is_paged(cache) else CACHE: cache, "use_cache": use_cache}
+        hidden_states = self._layers(state, latents, latent_key_values, part, **cached, **kwargs)
+        if until_latents:
+            return state._replace(hidden_states=hidden_states)
+        if self.config.has_memory and latents is not None:
+            hidden_states = self.reader(hidden_states, latents)
+        if use_cache and not torch.compiler.is_compiling():
+            _keep(cache, latents, latent_key_values)
+        return LTMModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states) if normed else hidden_states,
+            **{CACHE: cache if use_cache else None},
+        )
+
+    def _layers(self, state: DecoderState, latents, latent_key_values, part: str | None, **kwargs) -> torch.Tensor:
+        """(B, S, D) after all layers, or what no latent changes of them ("first"), or the rest ("second")."""
+        reading, hidden_states = self.config.reading_layers, state.hidden_states
+        first = min(reading, default=self.config.num_hidden_layers)
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer: early exit, a draft
+            if (part == "first" and index > first) or (part == "second" and index < first):
+                continue
+            read = {name: x[:, reading.index(index)] for name, x in (("latents", latents),
+                    ("latent_key_values", latent_key_values)) if x is not None and index in reading}  # fmt: skip
+            half = part if index == first else None
+            hidden_states = layer(hidden_states, half=half, **read, **state.shared, **kwargs)
+        return hidden_states
+
+    def _check_latents(self, latents, latent_key_values, batch_size: int) -> None:
         if latents is not None:
             if latent_key_values is not None:
                 raise ValueError("Only one of latents and latent_key_values can be given.")
             check_latents(self.config, latents, batch_size)
         elif latent_key_values is not None:
             check_latent_key_values(self.config, latent_key_values, batch_size)
-        prelude = None if torch.compiler.is_compiling() else prelude
-        if prelude is not None and prelude.inputs is not None:
-            hidden_states, shared = prelude.inputs
-        else:
-            hidden_states, cache, shared = self._layer_inputs(
-                input_ids,
-                inputs_embeds,
-                attention_mask,
-                position_ids,
-                cache,
-                use_cache,
-                has_latents=latents is not None or prelude is not None,
-            )
-            if prelude is not None:
-                prelude.inputs = hidden_states, shared
-        given = latents if latent_key_values is None else latent_key_values
-        has_memory = hasattr(self, "reader")
-        reading = [] if given is None else self.config.reading_layers
-        first = min(self.config.reading_layers if prelude is not None else reading, default=0)
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):  # fewer: early exit, a draft
-            before = prelude is not None and index < first  # nothing there depends on latents
-            if before and prelude.hidden_states is not None:
-                continue
-            read = given[:, reading.index(index)] if index in reading else None
-            with torch.no_grad() if before and prelude.frozen else nullcontext():
-                hidden_states = layer(
-                    hidden_states,
-                    read if latent_key_values is None else None,
-                    None if latent_key_values is None else read,
-                    use_cache=use_cache,
-                    prelude=prelude if index == first else None,
-                    **{"cache" if paged else CACHE: cache},
-                    **shared,
-                    **kwargs,
-                )
-        if has_memory and latents is not None:
-            hidden_states = self.reader(hidden_states, latents)
-        if use_cache and given is not None and not torch.compiler.is_compiling():
-            keep_latents(cache, **{"latents" if latent_key_values is None else "latent_key_values": given})
-        return LTMModelOutputWithPast(
-            last_hidden_state=hidden_states if before_norm else self.norm(hidden_states),
-            **{CACHE: cache if use_cache else None},
-        )
 
     def _check_known(self, kwargs) -> None:
         """Raise TypeError for arguments that nobody reads: the library may have meant them for this model."""
@@ -270,10 +272,10 @@ class LTMModel(LTMPreTrainedModel):
         for name in sorted(kwargs.keys() - known):
             raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}.")
 
-    def _layer_inputs(
+    def _enter(
         self, input_ids, inputs_embeds, attention_mask, position_ids, cache, use_cache, has_latents
-    ) -> tuple[torch.Tensor, Cache | None, dict]:
-        """Embeddings (B, S, D), the cache, and what all layers share: mask, positions, rotary tables."""
+    ) -> tuple[DecoderState, Cache | None]:
+        """What layers start from, and the cache."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and cache is None:
@@ -293,17 +295,10 @@ class LTMModel(LTMPreTrainedModel):
                 position_ids=position_ids,
                 **{CACHE: cache},
             )
-
-        return (
-            inputs_embeds,
-            cache,
-            dict(
-                attention_mask=mask,
-                position_ids=position_ids,
-                position_embeddings=self.rotary_emb(inputs_embeds, position_ids=position_ids),
-                latent_position_embeddings=self.latent_position_embeddings(inputs_embeds) if has_latents else None,
-            ),
-        )
+        tables = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        rotates = has_latents and self.config.reading_layers
+        latent_tables = self.latent_position_embeddings(inputs_embeds) if rotates else None
+        return DecoderState(inputs_embeds, mask, position_ids, tables, latent_tables), cache
 
     @staticmethod
     def _default_position_ids(inputs_embeds, attention_mask, cache) -> torch.LongTensor:
@@ -312,6 +307,27 @@ class LTMModel(LTMPreTrainedModel):
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
         return (torch.arange(length, device=inputs_embeds.device) + seen)[None]
+
+
+def _is_paged(cache) -> bool:
+    """Whether it is one of continuous batching, which has a protocol of its own."""
+    return not isinstance(cache, Cache | None)
+
+
+def _with_kept(cache: Cache, latents, latent_key_values):
+    """The latents that were given, or those in the cache. Raises ValueError for some that do not fit to what is in it."""
+    if latents is not None or latent_key_values is not None:
+        check_filled_with_latents(cache)
+        return latents, latent_key_values
+    kept = kept_latents(cache)
+    return kept.get("latents"), kept.get("latent_key_values")
+
+
+def _keep(cache: Cache, latents, latent_key_values) -> None:
+    if latents is not None:
+        keep_latents(cache, latents=latents)
+    elif latent_key_values is not None:
+        keep_latents(cache, latent_key_values=latent_key_values)
 
 
 def check_latents(config: LTMConfig, latents: torch.Tensor, batch_size: int | None = None) -> None:
@@ -347,7 +363,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     accepts_loss_kwargs = True
 
-    # The functions of posterior_ltm, with the model as their first argument.
+    # Functions with the model as their first argument.
     infer_posterior = infer_posterior
     elbo = elbo
     sample_prior = sample_prior
@@ -380,11 +396,12 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_reduction: str | None = None,
-        prelude: Prelude | None = None,
         cache: Cache | None = None,
         latent_state: torch.FloatTensor | None = None,
         latent_noise: torch.FloatTensor | None = None,
         latent_writes: torch.BoolTensor | None = None,
+        state: DecoderState | None = None,
+        until_latents: bool = False,
         **kwargs,
     ) -> LTMCausalLMOutputWithPast:
         """Logits (B, S, vocabulary) of the next token given latents, and the mean loss in nats a token given labels.
@@ -393,27 +410,34 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         latent_key_values: (B, L, 2, K, N, d) from `project_latents`, in place of `latents`.
         cache, past_key_values: two names of one argument. It holds the latents that it is filled with, and later calls
             read these unless they give others.
-        labels: (B, S), shifted inside; -100 is not scored. `num_items_in_batch` divides the sum if given.
+        labels: (B, S), shifted inside, or `shift_labels`, which are already; -100 is not scored. `num_items_in_batch`
+            divides the sum if given.
         loss_reduction: with labels, a loss and no logits, which need never exist all at once. "mean" gives the same
-            loss (see `mean_loss`), "none" that of each token (B, S - 1), 0 where not scored (see `token_losses`).
+            loss (see `mean_loss`), "none" that of each token, 0 where not scored (see `token_losses`): (B, S - 1), or
+            (B, S) of `shift_labels`.
+        latent_state: (B, H, N, d + 1), where a memory starts (`prior_state`, `state_of`): each token is read with what
+            those before it have left there, and a cache keeps the memory for the call that continues it.
+            latent_noise: (B, S, D), standard normal; each token then reads a sample of its posterior, else the mean.
+            latent_writes: (B, S), the tokens that a memory learns from; default all.
+        state, until_latents: as in `LTMModel.forward`.
         kwargs: of the loss and the attention function, and transformers' `output_hidden_states` and the like.
 
         Raises ValueError for latents of another shape, or given twice, and for some with a cache that was filled
         without; TypeError for an argument that nobody knows.
         """
-        if loss_reduction not in (None, "mean", "none") or (loss_reduction is not None and labels is None):
-            raise ValueError(
-                f"loss_reduction must be None or, with labels, 'mean' or 'none'; got {loss_reduction!r}"
-                f"{' without labels' if labels is None else ''}."
-            )
         plain_loss = self.loss_function is ForCausalLMLoss
         names = _LOSS_ARGUMENTS if plain_loss else inspect.signature(self.loss_function).parameters
         of_loss = {name: kwargs.pop(name) for name in names if name in kwargs}
         of_loss = {name: value for name, value in of_loss.items() if value is not None}
-        if loss_reduction == "none" and "shift_labels" in of_loss:
-            raise ValueError("loss_reduction='none' takes labels, and shifts them itself: shift_labels do not fit.")
+        targets = of_loss.pop("shift_labels", None)
+        scores = targets is not None or labels is not None
+        if loss_reduction not in (None, "mean", "none") or (loss_reduction is not None and not scores):
+            raise ValueError(
+                f"loss_reduction must be None or, with labels, 'mean' or 'none'; got {loss_reduction!r}"
+                f"{'' if scores else ' without labels'}."
+            )
         cache = the_cache(cache, past_key_values)
-        memory = kept_latents(cache).get("memory", latent_state)
+        memory = None if _is_paged(cache) else kept_latents(cache).get("memory", latent_state)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -423,28 +447,40 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             latents=latents,
             latent_key_values=latent_key_values,
             use_cache=use_cache,
-            prelude=prelude,
-            before_norm=memory is not None,
+            state=state,
+            until_latents=until_latents,
+            normed=memory is None,
             **kwargs,
         )
+        if until_latents:
+            known = targets is not None and not torch.compiler.is_compiling()
+            return outputs._replace(scored=Scored.of(targets.to(outputs.hidden_states.device)) if known else None)
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
+        if targets is None and labels is not None and loss_reduction is not None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if memory is not None:
+            asked = loss_reduction if plain_loss and not of_loss.keys() - {"num_items_in_batch"} else None
             hidden_states, loss = self._remember(
-                hidden_states, memory, getattr(outputs, CACHE), input_ids, attention_mask, labels, latent_noise,
-                latent_writes, of_loss.get("num_items_in_batch"), loss_reduction,
+                hidden_states, memory, getattr(outputs, CACHE), input_ids, attention_mask, targets, latent_noise,
+                latent_writes, of_loss.get("num_items_in_batch"), asked,
             )  # fmt: skip
         if loss is not None:
             pass
         elif loss_reduction == "none":
-            loss = token_losses(self.lm_head, hidden_states[:, :-1], labels[:, 1:], prelude)
-        elif loss_reduction == "mean" and plain_loss and all(name == "num_items_in_batch" for name in of_loss):
-            loss = mean_loss(self.lm_head, hidden_states[:, :-1], labels[:, 1:], of_loss.get("num_items_in_batch"))
+            loss = token_losses(self.lm_head, hidden_states, (state and state.scored) or targets)
+        elif loss_reduction == "mean" and plain_loss and not of_loss.keys() - {"num_items_in_batch"}:
+            loss = mean_loss(self.lm_head, hidden_states, targets, of_loss.get("num_items_in_batch"))
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **of_loss)
+            if scores:
+                shifted = {} if targets is None else {"shift_labels": targets}
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **shifted, **of_loss
+                )
             logits = logits if loss_reduction is None else None
+        if loss_reduction == "none" and labels is not None:
+            loss = loss[:, :-1]
         return LTMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -457,46 +493,41 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
 
     @torch.compiler.disable
     def _remember(
-        self, hidden_states, memory, cache, input_ids, attention_mask, labels, noise, writes, num_items, loss_reduction
+        self, hidden_states, memory, cache, input_ids, attention_mask, targets, noise, writes, num_items, reduction
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (B, S, D) of tokens that read the memory of all before them, and the loss if one is asked for.
 
         The cache, if there is one, gets the memory after them.
         """
+        if input_ids is None:
+            raise ValueError("A memory learns from token ids: pass input_ids (inputs_embeds alone has none).")
         reader, norm = self.model.reader, self.model.norm
-        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool()
-        known = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
-        if mask is not None:
-            known = known.masked_fill(~(mask & F.pad(mask[:, 1:], (0, 1))), IGNORED)
-        scored = known if labels is None else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        scored = scored.masked_fill(known == IGNORED, IGNORED)
-        targets = torch.where(scored == IGNORED, known, scored)
-        is_scored = scored != IGNORED
+        lesson = Lesson.of(input_ids, attention_mask, targets, writes)
         scores = None
-        if loss_reduction == "mean":
-            scores = is_scored / (is_scored.sum() if num_items is None else num_items)
-        first_ids = input_ids[:, 0]
-        if mask is not None:
-            first_ids = input_ids.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
+        if reduction == "mean":
+            scores = lesson.is_scored / (lesson.is_scored.sum() if num_items is None else num_items)
         head_pass = HeadPass(self.lm_head)
         thought = think(
-            reader, norm, head_pass, hidden_states, targets, memory, mask=mask, noise=noise, scores=scores,
-            writes=None if writes is None else F.pad(writes[:, 1:], (0, 1)).bool(),
-            first_ids=first_ids, keep=cache is not None,
-        )  # fmt: skip
+            reader, norm, head_pass, hidden_states, lesson, memory, scores=scores, noise=noise, keep=cache is not None
+        )
         if cache is not None:
             keep_latents(cache, memory=thought.state)
-        learns = torch.is_grad_enabled()
-        residual = relive(reader, hidden_states, thought, noise) if learns else thought.residual
+        learning = torch.is_grad_enabled()
+        residual = relive(reader, hidden_states, thought, noise) if learning else thought.residual
         states = norm(residual)
-        if loss_reduction == "mean" and learns and head_pass.weight_gradient is not None:
-            loss = (thought.nats * scores).sum()
-            gradient = thought.gradient * scores[..., None]
+        if reduction == "mean" and learning and head_pass.weight_gradient is not None:
+            loss, gradient = (thought.nats * scores).sum(), thought.gradient * scores[..., None]
             return states, KnownLoss.apply(states, self.lm_head.weight, loss, gradient, head_pass.weight_gradient)
-        if loss_reduction is not None and not learns:
-            nats = thought.nats * is_scored
-            return states, nats[:, :-1] if loss_reduction == "none" else (nats * scores).sum()
-        return states, None
+        if reduction is None or learning:
+            return states, None
+        nats = thought.nats * lesson.is_scored
+        return states, nats if reduction == "none" else (nats * scores).sum()
 
 
-__all__ = ["LTMCausalLMOutputWithPast", "LTMForCausalLM", "LTMModel", "LTMModelOutputWithPast", "LTMPreTrainedModel"]
+__all__ = [
+    "LTMCausalLMOutputWithPast",
+    "LTMForCausalLM",
+    "LTMModel",
+    "LTMModelOutputWithPast",
+    "LTMPreTrainedModel",
+]
