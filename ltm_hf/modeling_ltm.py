@@ -443,7 +443,7 @@ class LTMModel(LTMPreTrainedModel):
                     **shared,
                     **kwargs,
                 )
-        if use_cache and given is not None and not torch.compiler.is_compiling():
+        if use_cache and given is not None and cache is not None and not torch.compiler.is_compiling():
             keep_latents(cache, **{"latents" if latent_key_values is None else "latent_key_values": given})
         return LTMModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states), **{CACHE: cache if use_cache else None}
