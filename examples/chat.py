@@ -11,6 +11,14 @@ import sys
 from generate import load, one_sentence, parser_for
 from transformers import TextStreamer, set_seed
 
+try:
+    from ltm_hf.data import encode_chat  # to which messages are nothing but text, whatever token they name
+except ModuleNotFoundError:
+
+    def encode_chat(tokenizer, messages, **options):
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)
+
+
 # For a tokenizer without a chat template: a line for each turn.
 PLAIN = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'].capitalize() }}: {{ message['content'] }}\n"
@@ -38,9 +46,7 @@ def show_thinking(step, latents, elbo):
 def encode(tokenizer, history, room):
     """The most of the conversation that `room` tokens hold: the turn it starts with, and its tokens. None: too long."""
     for start in range(0, len(history), 2):  # a turn: what the user said and the answer
-        inputs = tokenizer.apply_chat_template(
-            history[start:], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        inputs = encode_chat(tokenizer, history[start:], add_generation_prompt=True, return_tensors="pt")
         if inputs["input_ids"].shape[1] <= room:
             return start // 2, inputs
     return None

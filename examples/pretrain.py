@@ -157,6 +157,7 @@ def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
         figures = ("reinfer-32", *(name for name in DEFAULT if name not in ("bound", "nll", "kl", "released")))
     before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size, figures=figures)
     trainer.train(args.resume_from_checkpoint)
+    trainer.save_model()  # before anything else can end the run
     after = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size, figures=figures)
     return trainer, before, after
 
@@ -267,14 +268,12 @@ def main():
     if args.push_to_hub:
         trainer.push_to_hub(**figures)  # saves first
     else:
-        trainer.save_model()
         trainer.create_model_card(**figures)
     columns = {"before training": before, "after training": after}
     histories = {preset: trainer.state.log_history}
     if model_args.baseline:
         twin_config = preset_config(preset, **overrides | {"num_latents": 0})
         twin, _, columns["autoregressive twin"] = train(twin_config, of_twin(args), *data)
-        twin.save_model()
         twin.create_model_card(likelihood=columns["autoregressive twin"])
         histories["autoregressive twin"] = twin.state.log_history
 

@@ -7,7 +7,9 @@ from numbers import Real
 from typing import TYPE_CHECKING, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 if TYPE_CHECKING:
     # transformers tells two folders' code apart by this file and those it names: this line makes them all count.
@@ -22,6 +24,15 @@ _FOLLOWS = {
     "latent_position_stride": {"num_latents"},
     "inference_kl_weight": {"latent_reader"},
 }
+# Numbers of any size that cannot work, and what they must be.
+_RANGES = (
+    ("initializer_range", lambda x: x >= 0, "0 or more and finite"),
+    ("rms_norm_eps", lambda x: x > 0, "positive and finite"),
+    ("attention_dropout", lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    ("initial_mean_std", lambda x: x >= 0, "0 or more and finite"),
+    ("initial_log_variance", lambda x: True, "finite"),
+    ("initial_log_variance_std", lambda x: x >= 0, "0 or more and finite"),
+)
 
 
 def whole_number(name: str, value, least: int | None = None) -> int:
@@ -204,10 +215,16 @@ class LTMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "max_position_embeddings"):  # fmt: skip
+                     "num_key_value_heads", "max_position_embeddings", "latent_position_stride"):  # fmt: skip
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be 1 or more, got {number}.")
+        for name, fits, words in _RANGES:
+            number = getattr(self, name)
+            if not (math.isfinite(number) and fits(number)):
+                raise ValueError(f"{name} must be {words}, got {number}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {', '.join(ACT2FN)}; got {self.hidden_act!r}.")
         for name, value in self._derived().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -252,6 +269,12 @@ class LTMConfig(PreTrainedConfig):
             },
         )
         super().__post_init__(**kwargs)
+        theta, kind = (self.rope_parameters.get(name) for name in ("rope_theta", "rope_type"))
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
+            raise ValueError(f"rope_type must be one of {known}; got {kind!r}.")
+        if not (_is_finite(theta) and theta > 0):
+            raise ValueError(f"rope_theta must be positive and finite, got {theta!r}.")
 
     def _check_latents(self):
         if self.latent_reader not in READERS:

@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -43,6 +44,14 @@ def test_rope_theta_is_folded_in():
     [
         (dict(num_latents=25), r"num_latents \(25\).*multiple of num_hidden_layers \(3\)"),
         (dict(num_latents=-3), "num_latents"),
+        (dict(latent_position_stride=0), "latent_position_stride must be 1 or more, got 0"),
+        (dict(initializer_range=math.nan), "initializer_range must be 0 or more and finite, got nan"),
+        (dict(rms_norm_eps=0.0), "rms_norm_eps must be positive and finite, got 0.0"),
+        (dict(attention_dropout=1.0), "attention_dropout must be at least 0 and below 1, got 1.0"),
+        (dict(initial_mean_std=-1), "initial_mean_std must be 0 or more and finite, got -1"),
+        (dict(hidden_act="silou"), "hidden_act must be one of .*silu.*; got 'silou'"),
+        (dict(rope_theta=0.0), "rope_theta must be positive and finite, got 0.0"),
+        (dict(rope_parameters={"rope_type": "yarm"}), "rope_type must be one of default, .*; got 'yarm'"),
         (dict(num_latents=3, cross_attention_layers=[0, 2]), r"num_latents \(3\).*the cross_attention_layers \(2\)"),
         (dict(cross_attention_layers=[]), r"cross_attention_layers.*the 3 \(0 to 2\), got \[\]"),
         (dict(cross_attention_layers=[3]), r"cross_attention_layers.*\[3\]"),

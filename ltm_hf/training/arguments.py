@@ -17,11 +17,6 @@ SLOW_GRADIENTS = ("final", "trajectory", "unrolled", "online")
 INFER_FROM = ("labels", "text", "prompt")
 SLOW_OPTIMIZERS = ("adamw", "muon")
 
-AT_LEAST = {
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-    "learning_rate": 0, "weight_decay": 0, "adam_epsilon": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0,
-    "num_inference_steps": 0, "num_inference_steps_min": 0, "kl_annealing_steps": 0,
-}  # fmt: skip
 LOWER_IS_BETTER = ("loss", "perplexity_bound", "nll", "no_latents", "from_prompt")
 SECRETS = ("_token", "_key", "password", "secret")  # ends of names
 TOKENS = ("eos_token", "pad_token", "bos_token", "unk_token")  # which are none
@@ -138,18 +133,10 @@ class DualRateArguments:
         for name, choices in named.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
-        for name, least in AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"{name} must be {least} or more, got {value}.")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps must be 1 or more, or -1 for num_train_epochs; got {self.max_steps}.")
         if not 0 <= self.inference_start_ratio < 1:
             raise ValueError(f"inference_start_ratio must be at least 0 and below 1, got {self.inference_start_ratio}.")
-        for name in ("inference_learning_rate", "inference_learning_rate_end", "muon_learning_rate"):
-            rate = getattr(self, name)
-            if rate is not None and not 0 < rate < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {rate}.")
         for name in getattr(self, "_VALID_DICT_FIELDS", ()):  # which may be the path of a file, too
             if isinstance(value := getattr(self, name), str) and value.startswith("{"):
                 try:

@@ -51,8 +51,8 @@ def run(folder):
     return run
 
 
-def assert_close(found, expected, name="", tolerance=1e-5):
-    """Within 1e-5, of what is larger than one relatively: float32 sums it up in another order."""
+def assert_close(found, expected, name="", tolerance=5e-5):
+    """Within 5e-5, of what is larger than one relatively: float32 sums it up in another order, on each CPU its own."""
     if isinstance(expected, dict):
         for key, value in expected.items():
             assert_close(found[key], value, key, tolerance)
@@ -93,7 +93,7 @@ def test_the_fast_loop_stops_at_one_step_on_all_processes(run, mode):
     (passes,) = expected.pop("passes")
     assert found.pop("passes") == [passes, passes]
     assert len(set(passes)) > 1 and max(passes) < 25
-    assert_close(found, expected, tolerance=2e-4)  # after many fast steps
+    assert_close(found, expected, tolerance=5e-4)  # after many fast steps
 
 
 @pytest.mark.parametrize("mode", ["single", *MODES])
