@@ -6,8 +6,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_ltm import LTMConfig
 from .conversion.backbone import from_pretrained_backbone
+from .inference_ltm import infer_posterior
+from .likelihood_ltm import ELBO, elbo
+from .methods_ltm import InferenceMethod, register_inference_method
 from .modeling_ltm import LTMForCausalLM, LTMModel
-from .posterior_ltm import ELBO, LatentPosterior, elbo, infer_posterior, sample_prior
+from .posterior_ltm import LatentPosterior, sample_prior
 from .presets import PRESETS, preset_config
 
 __version__ = version("ltm_hf")
@@ -26,6 +29,7 @@ LTMForCausalLM.from_pretrained_backbone = staticmethod(from_pretrained_backbone)
 __all__ = [
     "ELBO",
     "PRESETS",
+    "InferenceMethod",
     "LTMConfig",
     "LTMForCausalLM",
     "LTMModel",
@@ -33,5 +37,6 @@ __all__ = [
     "elbo",
     "infer_posterior",
     "preset_config",
+    "register_inference_method",
     "sample_prior",
 ]

@@ -55,7 +55,7 @@ def _with_latents(cls: type) -> type:
     """The class of a cache's first layer, with latents that follow the rows of its keys and values."""
 
     class LayerWithLatents(cls):
-        # As `forward` takes them: {"latents": (B, …)}, {"latent_key_values": (B, …)} or {"memory": MemoryState}, or none.
+        # {"latents": (B, …)} or {"latent_key_values": (B, …)}, as `forward` takes them, or {"memory": MemoryState}.
         latents = {}
 
         def __reduce__(self):

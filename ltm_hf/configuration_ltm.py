@@ -29,9 +29,6 @@ _RANGES = (
     ("initializer_range", lambda x: x >= 0, "0 or more and finite"),
     ("rms_norm_eps", lambda x: x > 0, "positive and finite"),
     ("attention_dropout", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    ("initial_mean_std", lambda x: x >= 0, "0 or more and finite"),
-    ("initial_log_variance", lambda x: True, "finite"),
-    ("initial_log_variance_std", lambda x: x >= 0, "0 or more and finite"),
 )
 
 
@@ -273,8 +270,7 @@ class LTMConfig(PreTrainedConfig):
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
             raise ValueError(f"rope_type must be one of {known}; got {kind!r}.")
-        if not (_is_finite(theta) and theta > 0):
-            raise ValueError(f"rope_theta must be positive and finite, got {theta!r}.")
+        positive_number("rope_theta", theta)
 
     def _check_latents(self):
         if self.latent_reader not in READERS:

@@ -8,21 +8,21 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from transformers import GenerationConfig
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.utils import ModelOutput
 
 from .cache_ltm import CACHE, CacheByBothNames, check_filled_with_latents, keep_latents, kept_latents, the_cache
 from .configuration_ltm import InferenceSettings, whole_number
-from .posterior_ltm import (
-    LatentPosterior,
-    check_posterior,
-    check_sequences,
-    infer_posterior,
-    processes_go_together,
-)
+from .inference_ltm import infer_posterior, processes_go_together
+from .likelihood_ltm import check_sequences
+from .memory_ltm import prior_state, state_of
+from .methods_ltm import method_of
+from .posterior_ltm import LatentPosterior, check_posterior
 
 # What generate() takes, and generation_config.json keeps, beside transformers' own. None: as in the model's config.
 _SETTINGS = (*(field.name for field in fields(InferenceSettings)), "inference_seed", "sample_latents", "reinfer_every")
@@ -88,6 +88,42 @@ def _lengthened(trace: torch.Tensor, steps: int) -> torch.Tensor:
 
 # ------------------------------------------------------------------ generate()
 
+_OF_LATENTS = ("latent_key_values", "latent_state", "latent_noise", "latent_writes")
+
+
+class _Asked(NamedTuple):
+    """How to think, for one call."""
+
+    settings: dict  # of `InferenceSettings`, None where the configuration's hold
+    seed: int | None
+    sample_latents: bool
+    reinfer_every: int | None
+
+    @property
+    def inference(self) -> dict:
+        """Arguments of `infer_posterior`."""
+        return self.settings | {"seed": self.seed}
+
+
+@dataclass
+class _Thoughts:
+    """What one call is given of latents, and what it infers."""
+
+    latents: torch.Tensor | None
+    posterior: LatentPosterior | None
+    num_samples: int | None
+    callback: Callable | None
+    settings: _Asked
+
+    @property
+    def given(self):
+        return self.latents if self.posterior is None else self.posterior
+
+    def samples(self) -> torch.Tensor:
+        """(B · num_samples, L, N, D), grouped by prompt."""
+        drawn = [self.posterior.sample() for _ in range(self.num_samples)]
+        return torch.stack(drawn, dim=1).flatten(0, 1)
+
 
 @dataclass
 class _Reinference:
@@ -140,32 +176,35 @@ class LTMGenerationMixin(GenerationMixin):
     ):
         """Infer latents from the prompt, then generate as any causal LM of transformers.
 
+        A memory thinks while it reads and writes: every token updates it, at no cost. The paper's reader fits latents
+        to the prompt, once.
+
         latents: (B, L, N, D), to skip inference: `generate(latents=model.sample_prior(n))` writes n texts without a
-            prompt, from the begin-of-text token.
+            prompt, from the begin-of-text token. A memory starts with them, and goes on from there.
         posterior: of the prompts, to skip inference: infer once, write many times.
         num_latent_samples: thoughts for each prompt, sampled from its posterior; each writes `num_return_sequences`
             texts. Rows of the result are grouped by prompt, then by thought.
         inference_callback: called after each inference step, as `infer_posterior`'s `callback`. Prompts of different
             lengths are then inferred in one padded batch, else in buckets, with the same posterior.
-        cache, past_key_values: two names of one argument. A cache holds the latents that it was filled with: a call
-            that continues it reads those, unless `latents` or a `posterior` are given.
+        cache, past_key_values: two names of one argument. A cache holds the latents, or the memory, that it was filled
+            with: a call that continues it reads those, unless the paper's reader is given `latents` or a `posterior`.
         inference_method, num_inference_steps, inference_learning_rate, …: as in `LTMConfig`, for this call. As
             everything that `GenerationConfig` holds, they can be set there and are saved with it.
         reinfer_every: infer again after every so many tokens, from all the text so far, and write on with its latents
-            as if that text were the prompt (greedy search and sampling only). Default: think once.
+            as if that text were the prompt (greedy search and sampling only). Default: think once. Not for a memory.
         inference_seed: keys the noise of inference, default 0: two calls infer the same posterior.
-        sample_latents: read a sample of the posterior (True) or its mean (False, the better predictor). Default:
-            `do_sample`, so that greedy and beam search are deterministic, and a prompt with nothing to infer from
-            gets a sample of the prior when sampling; False by "map", whose variance says nothing. The sample follows
-            torch's global generator; prompts of the same tokens share it.
+        sample_latents: read a sample of the posterior (True) or its mean (False, the better predictor). Default: False
+            for a memory, which would draw one at each token, else `do_sample`, so that greedy and beam search are
+            deterministic, and a prompt with nothing to infer from gets a sample of the prior when sampling. The sample
+            follows torch's global generator; prompts of the same tokens share it.
 
-        With `return_dict_in_generate`, the result has the `posterior` of the prompts, None if latents were given.
-        Raises ValueError for bad input before any computation, for `inputs_embeds` alone, which has no token ids to
-        infer latents from, and for a cache that was filled without latents.
+        With `return_dict_in_generate`, the result has the `posterior` of the prompts where one was inferred before
+        writing. Raises ValueError for bad input before any computation, for `inputs_embeds` alone, which has no token
+        ids to infer latents from, and for a cache that was filled without latents.
         """
         if generation_config is not None and not isinstance(generation_config, GenerationConfig):
             raise ValueError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}.")
-        settings, sample_latents, reinfer_every = self._pop_inference_settings(generation_config, kwargs)
+        settings = self._pop_inference_settings(generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         cache = the_cache(cache, past_key_values)
         if cache is not None:
@@ -181,50 +220,115 @@ class LTMGenerationMixin(GenerationMixin):
             raise ValueError("latents are given: posterior and num_latent_samples have nothing to say beside them.")
         if num_latent_samples is not None:
             num_latent_samples = whole_number("num_latent_samples", num_latent_samples, least=1)
-        if reinfer_every is not None:
-            reinfer_every = whole_number("reinfer_every", reinfer_every, least=1)
+        if settings.reinfer_every is not None:
             self._check_reinference(generation_config, kwargs)
         self._check_given(latents, posterior)
-        self._use_kept_latents(cache, latents, posterior, num_latent_samples, kwargs)
-        known, embeds = "latent_key_values" in kwargs, kwargs.get("inputs_embeds")
-        given = latents if posterior is None else posterior
+        check_filled_with_latents(cache)
+        input_ids = self._prompts(input_ids, latents, posterior, generation_config, kwargs)
+        thoughts = _Thoughts(latents, posterior, num_latent_samples, inference_callback, settings)
+        think = self._start_memory if self.config.has_memory else self._fit_latents
+        input_ids, kwargs = think(thoughts, input_ids, cache, kwargs)
+        return self._output(super().generate(input_ids, generation_config, *args, **kwargs), thoughts.posterior)
 
+    def _prompts(self, input_ids, latents, posterior, generation_config, kwargs) -> torch.Tensor | None:
+        """Token ids of the prompts, checked, and their mask among kwargs; None where embeddings are all there is."""
+        given, embeds = latents if posterior is None else posterior, kwargs.get("inputs_embeds")
         if input_ids is None and embeds is None:
             input_ids = self._begin_of_text(latents if posterior is None else posterior.mean, generation_config, kwargs)
         if input_ids is not None:
-            attention_mask = kwargs.get("attention_mask")
-            self._check_prompts(input_ids, attention_mask)
-            if attention_mask is None:
-                attention_mask = self._padding_mask(input_ids, generation_config, kwargs)
-        elif not (known or given is not None) or num_latent_samples is not None or reinfer_every is not None:
-            raise ValueError("Latents are inferred from token ids: pass input_ids (inputs_embeds alone has none).")
+            self._check_prompts(input_ids, kwargs.get("attention_mask"))
+            if kwargs.get("attention_mask") is None:
+                kwargs["attention_mask"] = self._padding_mask(input_ids, generation_config, kwargs)
         prompts = embeds if input_ids is None else input_ids
         if given is not None and len(given) != len(prompts):
             raise ValueError(f"There are latents for {len(given)} sequences and prompts for {len(prompts)}.")
+        return input_ids
+
+    # ---------------------------------------------------------------- the paper's reader: latents of the prompt
+
+    def _fit_latents(self, thoughts: "_Thoughts", input_ids, cache, kwargs) -> tuple[torch.Tensor | None, dict]:
+        """Keys and values of the prompts' latents among kwargs, which every decoding method of transformers takes."""
+        every, kept = thoughts.settings.reinfer_every, kept_latents(cache)
+        if thoughts.given is None and kept:
+            if thoughts.num_samples is not None:
+                raise ValueError("num_latent_samples draws other latents than those that the cache was filled with.")
+            if "latents" in kept:
+                kept = {"latent_key_values": self.project_latents(kept["latents"])}
+            kwargs.setdefault("latent_key_values", kept["latent_key_values"])
+        known = "latent_key_values" in kwargs
+        if input_ids is None and (not (known or thoughts.given is not None) or thoughts.num_samples or every):
+            raise ValueError("Latents are inferred from token ids: pass input_ids (inputs_embeds alone has none).")
 
         def think(input_ids, attention_mask):
-            return infer_in_buckets(self, input_ids, attention_mask, inference_callback, **settings)
+            return infer_in_buckets(self, input_ids, attention_mask, thoughts.callback, **thoughts.settings.inference)
 
         def read(posterior):
-            return posterior.sample() if sample_latents else posterior.mean
+            return posterior.sample() if thoughts.settings.sample_latents else posterior.mean
 
         if not known:
-            if given is None:
-                posterior = think(input_ids, attention_mask)
-            if num_latent_samples is not None:
-                samples = [posterior.sample() for _ in range(num_latent_samples)]
-                latents = torch.stack(samples, dim=1).flatten(0, 1)
+            latents = thoughts.latents
+            if thoughts.given is None:
+                thoughts.posterior = think(input_ids, kwargs["attention_mask"])
+            if thoughts.num_samples is not None:
+                latents = thoughts.samples()
                 input_ids, kwargs = self._expand_inputs_for_generation(
-                    num_latent_samples, input_ids=input_ids, **kwargs | {"attention_mask": attention_mask}
+                    thoughts.num_samples, input_ids=input_ids, **kwargs
                 )
             elif latents is None:
-                latents = read(posterior)
-            kwargs["latent_key_values"] = self.project_latents(latents.to(prompts.device))
-        if reinfer_every is not None:
+                latents = read(thoughts.posterior)
+            device = (kwargs.get("inputs_embeds") if input_ids is None else input_ids).device
+            kwargs["latent_key_values"] = self.project_latents(latents.to(device))
+        if every is not None:
             kwargs["reinference"] = _Reinference(
-                reinfer_every, input_ids.shape[1], lambda *text: self.project_latents(read(think(*text)))
+                every, input_ids.shape[1], lambda *text: self.project_latents(read(think(*text)))
             )
-        return self._output(super().generate(input_ids, generation_config, *args, **kwargs), posterior)
+        return input_ids, kwargs
+
+    # ---------------------------------------------------------------- a memory: from the prompt on, token by token
+
+    def _start_memory(self, thoughts: "_Thoughts", input_ids, cache, kwargs) -> tuple[torch.Tensor, dict]:
+        """Where the memory starts among kwargs, and what it may learn from."""
+        if input_ids is None:
+            raise ValueError("A memory learns from token ids: pass input_ids (inputs_embeds alone has none).")
+        if kept_latents(cache):
+            if thoughts.given is not None or thoughts.num_samples is not None:
+                raise ValueError("The cache holds a memory of its text: latents of another sort do not fit to it.")
+            return input_ids, kwargs
+        steps = InferenceSettings.of(self.config, **thoughts.settings.settings).num_inference_steps
+        sampling, heads = thoughts.num_samples is not None, self.config.num_attention_heads
+        if thoughts.given is None and not steps and not sampling:
+            return input_ids, kwargs  # no memory: the plain decoder
+        if thoughts.given is None and (steps > 1 or sampling or thoughts.callback is not None):
+            thoughts.posterior = infer_in_buckets(
+                self, input_ids, kwargs["attention_mask"], thoughts.callback, **thoughts.settings.inference
+            )
+        if thoughts.posterior is None and thoughts.latents is None:
+            kwargs["latent_state"] = prior_state(self.config, len(input_ids), input_ids.device)
+        elif thoughts.posterior is None:
+            latents = thoughts.latents.float()
+            kwargs["latent_state"] = state_of(LatentPosterior(latents, torch.zeros_like(latents)), heads)
+        else:  # it holds the prompt already
+            kwargs["latent_state"] = state_of(thoughts.posterior, heads)
+            kwargs["latent_writes"] = torch.zeros_like(input_ids, dtype=torch.bool)
+        if sampling:
+            input_ids, kwargs = self._expand_inputs_for_generation(thoughts.num_samples, input_ids=input_ids, **kwargs)
+            precision = kwargs["latent_state"][..., -1:]
+            drawn = LatentPosterior(thoughts.samples(), torch.zeros(len(input_ids), *self.config.latent_shape))
+            kwargs["latent_state"] = torch.cat((state_of(drawn, heads)[..., :-1], precision), dim=-1)
+        if thoughts.settings.sample_latents:
+            kwargs["latent_noise"] = torch.zeros(len(input_ids), 0, self.config.hidden_size)  # drawn at each token
+        return input_ids, kwargs
+
+    def _memory_inputs(self, inputs: dict, latent_noise, latent_writes) -> dict:
+        """What goes with the tokens of one forward pass."""
+        tokens = inputs.get("input_ids")
+        if latent_writes is not None:
+            length = inputs["attention_mask"].shape[1] if "attention_mask" in inputs else tokens.shape[1]
+            writes = F.pad(latent_writes, (0, length - latent_writes.shape[1]), value=True)
+            inputs["latent_writes"] = writes[:, -tokens.shape[1] :]
+        if latent_noise is not None:
+            inputs["latent_noise"] = torch.randn(*tokens.shape, self.config.hidden_size, device=tokens.device)
+        return inputs
 
     def _check_prompts(self, input_ids, attention_mask=None) -> None:
         check_sequences(self, input_ids, attention_mask)
@@ -239,16 +343,6 @@ class LTMGenerationMixin(GenerationMixin):
             check_posterior(posterior)
         if latents is not None and not (torch.is_tensor(latents) and latents.isfinite().all()):
             raise ValueError("latents must be a tensor of finite numbers.")
-
-    def _use_kept_latents(self, cache, latents, posterior, num_latent_samples, kwargs) -> None:
-        """Let a call that continues a cache read the latents in it, where it brings none of its own."""
-        check_filled_with_latents(cache)
-        if latents is None and posterior is None and (kept := kept_latents(cache)):
-            if num_latent_samples is not None:
-                raise ValueError("num_latent_samples draws other latents than those that the cache was filled with.")
-            if "latents" in kept:
-                kept = {"latent_key_values": self.project_latents(kept["latents"])}
-            kwargs.setdefault("latent_key_values", kept["latent_key_values"])
 
     @staticmethod
     def _output(output, posterior=None):
@@ -270,13 +364,17 @@ class LTMGenerationMixin(GenerationMixin):
         return super().init_continuous_batching(*args, **kwargs)
 
     def _check_reinference(self, generation_config, kwargs) -> None:
+        if self.config.has_memory:
+            raise ValueError("reinfer_every is for latents of a prompt: a memory thinks at every token.")
         drafts = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
         several = (self._setting(generation_config, kwargs, "num_beams") or 1) > 1
         if several or any(self._setting(generation_config, kwargs, name) is not None for name in drafts):
             raise ValueError("reinfer_every works with greedy search and sampling, not with beams or drafted tokens.")
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers reads the signature
-    def prepare_inputs_for_generation(self, input_ids, *args, reinference=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, reinference=None, latent_noise=None, latent_writes=None, **kwargs
+    ):
         for name in ("tokenizer", "assistant_tokenizer"):  # of stopping criteria: transformers leaves them here
             kwargs.pop(name, None)
         if reinference is not None:
@@ -284,7 +382,8 @@ class LTMGenerationMixin(GenerationMixin):
                 self._think_again(reinference, input_ids, kwargs)
             if reinference.latent_key_values is not None:
                 kwargs["latent_key_values"] = reinference.latent_key_values
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return self._memory_inputs(inputs, latent_noise, latent_writes)
 
     def _think_again(self, reinference, input_ids, kwargs) -> None:
         """New latents, and a new cache: of the text as read with them, up to its last token, which is read next."""
@@ -317,16 +416,13 @@ class LTMGenerationMixin(GenerationMixin):
         super()._validate_model_kwargs({name: x for name, x in model_kwargs.items() if name != "reinference"})
 
     def _get_candidate_generator(self, *args, **kwargs):
-        latents = kwargs["model_kwargs"].get("latent_key_values")
-        if latents is not None:
-            others = {name: value for name, value in kwargs["model_kwargs"].items() if name != "latent_key_values"}
-            early_exit = kwargs["generation_config"].assistant_early_exit
-            reading = [layer for layer in self.config.reading_layers if layer < (early_exit or 0)]
-            # A draft model has latents of its own shape, or none: it infers its own. The first layers are this model's.
-            kwargs["model_kwargs"] = (
-                others if early_exit is None else {"latent_key_values": latents[:, : len(reading)]} | others
-            )
-        return super()._get_candidate_generator(*args, **kwargs)
+        given, early_exit = kwargs["model_kwargs"], kwargs["generation_config"].assistant_early_exit
+        others = {name: value for name, value in given.items() if name not in _OF_LATENTS}
+        # A draft model has latents of its own shape, or none: it infers its own. The first layers are this model's.
+        if early_exit is not None and given.get("latent_key_values") is not None:
+            reading = [layer for layer in self.config.reading_layers if layer < early_exit]
+            others["latent_key_values"] = given["latent_key_values"][:, : len(reading)]
+        return super()._get_candidate_generator(*args, **kwargs | {"model_kwargs": others})
 
     def _begin_of_text(self, latents, generation_config, kwargs) -> torch.Tensor:
         """(B, 1) tokens for the given latents, and where they are, since all weights may be offloaded; or one."""
@@ -343,21 +439,20 @@ class LTMGenerationMixin(GenerationMixin):
                 return value
         return getattr(self.generation_config, name, None)
 
-    def _pop_inference_settings(self, generation_config, kwargs) -> tuple[dict, bool, int | None]:
-        """For this call: `infer_posterior`'s arguments, checked, `sample_latents`, `reinfer_every`; out of `kwargs`."""
-        settings = {name: self._setting(generation_config, kwargs, name) for name in _SETTINGS}
+    def _pop_inference_settings(self, generation_config, kwargs) -> "_Asked":
+        """What this call asks for, out of `kwargs`, checked."""
+        asked = {name: self._setting(generation_config, kwargs, name) for name in _SETTINGS}
         for name in _SETTINGS:
             kwargs.pop(name, None)
-        seed, reinfer_every = settings.pop("inference_seed"), settings.pop("reinfer_every")
-        sample_latents = settings.pop("sample_latents")
-        if sample_latents not in (None, True, False):
-            raise ValueError(f"sample_latents must be True, False or None, got {sample_latents!r}.")
-        if seed is not None:
-            whole_number("inference_seed", seed)
-        optimizer = InferenceSettings.of(self.config, **settings).inference_optimizer
-        if sample_latents is None:
-            sample_latents = bool(self._setting(generation_config, kwargs, "do_sample")) and optimizer != "map"
-        return settings | {"noise": settings.pop("inference_noise"), "seed": seed}, sample_latents, reinfer_every
+        seed, every, sample = (asked.pop(name) for name in ("inference_seed", "reinfer_every", "sample_latents"))
+        method = method_of(InferenceSettings.of(self.config, **asked))
+        if sample not in (None, True, False):
+            raise ValueError(f"sample_latents must be True, False or None, got {sample!r}.")
+        if sample is None:
+            samples = bool(self._setting(generation_config, kwargs, "do_sample"))
+            sample = samples and method.has_variance and not self.config.has_memory
+        seed = None if seed is None else whole_number("inference_seed", seed)
+        return _Asked(asked, seed, sample, None if every is None else whole_number("reinfer_every", every, least=1))
 
     def _padding_mask(self, input_ids, generation_config, kwargs) -> torch.Tensor:
         """The mask that transformers would make: padding is told by its token where that is not the end of text."""

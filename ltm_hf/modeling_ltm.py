@@ -315,7 +315,7 @@ def _is_paged(cache) -> bool:
 
 
 def _with_kept(cache: Cache, latents, latent_key_values):
-    """The latents that were given, or those in the cache. Raises ValueError for some that do not fit to what is in it."""
+    """The latents that were given, or those in the cache. Raises ValueError for some that do not fit to its content."""
     if latents is not None or latent_key_values is not None:
         check_filled_with_latents(cache)
         return latents, latent_key_values

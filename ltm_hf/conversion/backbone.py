@@ -71,8 +71,8 @@ def convert_config(
         )
     if not config_overrides.get("cross_attention_value_projection", True):
         raise ValueError("cross_attention_value_projection must be True: new layers start at zero by their projection.")
-    if config_overrides.get("cross_attention_gate_init", 1) == 0:
-        raise ValueError("cross_attention_gate_init must not be 0: behind a zero output projection it never opens.")
+    if config_overrides.get("latent_gate_init", 1) == 0:
+        raise ValueError("latent_gate_init must not be 0: behind a zero output projection it never opens.")
 
     # `head_dim` is no field of every family: None derives it from the hidden size, as they do.
     inherited = {name: getattr(config, name, None) for name in (*_KEPT, *_BROUGHT)}
@@ -96,7 +96,7 @@ def from_pretrained_backbone(
         backbone's for texts no longer than that.
     freeze_backbone: only the new parameters require gradients (see `freeze_all_but_cross_attention`).
     config_overrides: fields of `LTMConfig` that are not the backbone's shape: `num_inference_steps=…`,
-        `cross_attention_gate_init=None`, …. A small gate wakes the latents late, but keeps their noise out of a decoder
+        `latent_gate_init=None`, …. A small gate wakes the latents late, but keeps their noise out of a decoder
         that trains along; a frozen one has less to fear from None. `latent_position_stride` is by default that of the
         backbone's `max_position_embeddings`, however short the texts to come.
 
