@@ -216,7 +216,7 @@ def amortized_posterior(model, text: Text) -> LatentPosterior:
 
 def infer_posterior(
     model,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | Text,
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
     num_inference_steps: int | None = None,
@@ -269,7 +269,7 @@ def infer_posterior(
         torch.inference_mode(False),
         torch.enable_grad(),
         frozen(model) as decoder,
-        _differentiable_attention(decoder, input_ids.device),
+        _differentiable_attention(decoder, text.input_ids.device),
     ):
         text = text.outside_inference_mode()
         if decoder.config.has_memory:

@@ -64,7 +64,12 @@ class Text:
 
     @classmethod
     def of(cls, model, input_ids, attention_mask=None, labels=None) -> "Text":
-        """Of token ids, mask and labels (B, S). Raises ValueError where they do not fit the model or each other."""
+        """Of token ids, mask and labels (B, S), or of a text that is one already.
+
+        Raises ValueError where they do not fit the model or each other.
+        """
+        if isinstance(input_ids, cls):
+            return input_ids
         check_sequences(model, input_ids, attention_mask, labels)
         return cls.unchecked(input_ids, attention_mask, labels)
 
@@ -151,7 +156,7 @@ class ELBO(NamedTuple):
 
 def elbo(
     model,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | Text,
     posterior: LatentPosterior,
     attention_mask: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
@@ -165,7 +170,7 @@ def elbo(
     epsilon: (B, L, N, D) noise to use instead, for one particle. Differentiable; wrap it in `torch.no_grad` to score.
     """
     text = Text.of(model, input_ids, attention_mask, labels)
-    check_posterior(posterior, len(input_ids))
+    check_posterior(posterior, len(text.input_ids))
     if epsilon is not None and epsilon.shape != posterior.mean.shape:
         raise ValueError(f"epsilon must have the shape {tuple(posterior.mean.shape)}, got {tuple(epsilon.shape)}.")
     num_particles = whole_number("num_particles", num_particles, least=1)

@@ -30,7 +30,7 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from .configuration_ltm import LTMConfig
 from .layers_ltm import LTMGate
 from .losses_ltm import IGNORED, HeadPass
-from .posterior_ltm import LatentPosterior
+from .posterior_ltm import SAMPLE, LatentPosterior, keyed_normal, mixed
 
 # ------------------------------------------------------------------ the reader
 
@@ -185,6 +185,16 @@ def state_of(posterior: LatentPosterior, heads: int) -> torch.Tensor:
     )
     precision = torch.where(log_variance.isneginf(), 1.0, (-log_variance).exp()).mean(dim=-1, keepdim=True)
     return torch.cat((mean, precision), dim=-1)
+
+
+def token_noise(keys: torch.Tensor, length: int, mask: torch.Tensor | None, hidden_size: int, seed: int):
+    """(B, S, D) standard normal noise, a function of seed, a row's key and the place of a token among its real ones."""
+    if mask is None:
+        place = torch.arange(length, device=keys.device).expand(len(keys), -1)
+    else:
+        place = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    of_tokens = mixed(keys[:, None], place).flatten()
+    return keyed_normal(of_tokens, (hidden_size,), seed, SAMPLE).view(len(keys), length, hidden_size)
 
 
 # ------------------------------------------------------------------ the grid of chunks

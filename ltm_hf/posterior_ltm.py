@@ -42,6 +42,11 @@ def sequence_keys(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torc
     return (_mix(input_ids.long() + positions * _signed(_GOLDEN)) * attention_mask.long()).sum(dim=-1)
 
 
+def mixed(keys: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    """Keys of their own for each of several uses, which the words (int64) number."""
+    return _mix(keys + (words + 1) * _signed(_GOLDEN))
+
+
 def keyed_normal(keys: torch.Tensor, shape: tuple[int, ...], *words: int) -> torch.Tensor:
     """(B, *shape) float32 standard normal noise; row b is a function of keys[b] and the words alone.
 

@@ -9,15 +9,18 @@ import torch
 from transformers import TrainingArguments
 from transformers.optimization import get_scheduler
 
-from ..flops import TrainingFlops, training_flops
+from ..configuration_ltm import InferenceSettings
+from ..methods_ltm import method_of
 from .numbers import check_numbers
+from .objectives import OBJECTIVES
 from .sharding import GATHER_DURING_INFERENCE
+from .texts import INFER_FROM
 
-SLOW_GRADIENTS = ("final", "trajectory", "unrolled", "online")
-INFER_FROM = ("labels", "text", "prompt")
 SLOW_OPTIMIZERS = ("adamw", "muon")
 
-LOWER_IS_BETTER = ("loss", "perplexity_bound", "nll", "no_latents", "from_prompt")
+LOWER_IS_BETTER = (
+    "loss", "perplexity_bound", "nll", "no_latents", "from_prompt", "prediction_sampled", "second_half",
+)  # fmt: skip
 SECRETS = ("_token", "_key", "password", "secret")  # ends of names
 TOKENS = ("eos_token", "pad_token", "bos_token", "unk_token")  # which are none
 
@@ -51,13 +54,6 @@ class DualRateArguments:
             "likely, for one model that serves every number; default: always num_inference_steps."
         },
     )
-    inference_start_ratio: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the training steps after which latents are inferred; until then the decoder learns "
-            "without latents, at the cost of its baseline. For one process or DDP."
-        },
-    )
     inference_learning_rate: float | None = field(
         default=None, metadata={"help": "Step size of inference when training starts; default: the model's."}
     )
@@ -68,16 +64,14 @@ class DualRateArguments:
             "the start (the paper goes from 0.30 to 0.34), else the start."
         },
     )
-    slow_gradient: str = field(
-        default="final",
+    objective: str | None = field(
+        default=None,
         metadata={
-            "help": "Latents that the decoder learns from: 'final', a sample of the fitted posterior (Algorithm 1), or "
-            "'trajectory', the mean over the samples of all fast steps and the final one (as the released code does). "
-            "'unrolled': each text's first quarter to three quarters are predicted without latents' help and latents "
-            "fitted to them, without noise; the rest is predicted from these, and the gradient goes through the fit. "
-            "'online': each token is predicted from latents that one step fits to all tokens before it, and the "
-            "gradient goes through that step; for a model whose last layer alone reads latents, as they are.",
-            "choices": SLOW_GRADIENTS,
+            "help": "What the decoder learns from. 'elbo': a sample of the posterior fitted to the text (Algorithm 1); "
+            "'elbo_trajectory': the mean over the samples of all fast steps and the final one (as the released code "
+            "does); 'prediction': each token from what those before it have left in a memory. Default: 'prediction' "
+            "for a memory, else 'elbo'.",
+            "choices": (*OBJECTIVES, None),
         },
     )
     infer_from: str = field(
@@ -125,18 +119,17 @@ class DualRateArguments:
     def __post_init__(self):
         check_numbers(self)
         named = {
-            "slow_gradient": SLOW_GRADIENTS,
+            "objective": (*OBJECTIVES, None),
             "infer_from": INFER_FROM,
             "gather_during_inference": GATHER_DURING_INFERENCE,
             "slow_optimizer": SLOW_OPTIMIZERS,
         }
         for name, choices in named.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+                known = ", ".join(filter(None, choices))
+                raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}.")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps must be 1 or more, or -1 for num_train_epochs; got {self.max_steps}.")
-        if not 0 <= self.inference_start_ratio < 1:
-            raise ValueError(f"inference_start_ratio must be at least 0 and below 1, got {self.inference_start_ratio}.")
         for name in getattr(self, "_VALID_DICT_FIELDS", ()):  # which may be the path of a file, too
             if isinstance(value := getattr(self, name), str) and value.startswith("{"):
                 try:
@@ -210,33 +203,32 @@ class DualRateArguments:
         return twin
 
     def inference_steps(self, config) -> tuple[int, int]:
-        """The least and the most fast steps of a slow step of this model. Raises ValueError if least is above most."""
-        if not config.num_latents or config.inference_method == "amortized":
+        """The least and the most fast steps of a slow step of this model. Raises ValueError if least is above most.
+
+        A memory takes none: it infers within the slow step.
+        """
+        if not config.num_latents or config.has_memory or not method_of(InferenceSettings.of(config)).takes_steps:
             return 0, 0
-        if self.slow_gradient == "online":
-            return 1, 1
         most = config.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
         least = most if self.num_inference_steps_min is None else self.num_inference_steps_min
         if least > most:
             raise ValueError(f"num_inference_steps_min must be at most num_inference_steps ({most}), got {least}.")
         return least, most
 
-    def slow_passes(self, config) -> float:
-        """Passes of the decoder in a slow step, on average: what `slow_gradient` says."""
-        return 1 + (sum(self.inference_steps(config)) / 2 if self.slow_gradient == "trajectory" else 0)
+    def inference_rates(self, config) -> tuple[float, float]:
+        """The step size of inference when training starts, and when it ends."""
+        settings = InferenceSettings.of(config)
+        start, end = self.inference_learning_rate, self.inference_learning_rate_end
+        if start is None:
+            start = settings.inference_learning_rate or method_of(settings).default_step_size
+        if end is None:
+            end = start * 0.34 / 0.30 if settings.inference_method == "adamw" else start
+        return start, end
 
-    def fast_step_flops(self, flops: TrainingFlops) -> float:
-        """FLOPs a token of one fast step, on average, and of the gradient through it, if there is one."""
-        steps = {"unrolled": flops.unrolled_step, "online": flops.online_step}
-        return steps.get(self.slow_gradient, flops.fast_step)
-
-    def step_flops(self, config, sequence_length: int) -> float:
-        """FLOPs a token of a step of training, fast loop included, on average (see `flops.training_flops`)."""
-        config = copy.deepcopy(config)
-        least, config.num_inference_steps = self.inference_steps(config)
-        flops, start = training_flops(config, sequence_length), self.inference_start_ratio
-        fast = self.fast_step_flops(flops) * (least + config.num_inference_steps) / 2
-        return start * flops.step(0) + (1 - start) * (fast + flops.step(0, self.slow_passes(config)))
+    def inference_rate(self, config, share: float) -> float:
+        """The step size of inference when a share of training is over: linear."""
+        start, end = self.inference_rates(config)
+        return start + (end - start) * share
 
 
 @dataclass

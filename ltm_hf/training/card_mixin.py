@@ -104,13 +104,7 @@ class ModelCardMixin:
 
     def _evaluated(self, record: dict) -> Likelihood | dict[str, Likelihood] | None:
         """What Trainer's evaluation found, which has no standard errors; by name where there are several data sets."""
-        keys = {"from_prompt": "from_prompt", "no_latents": "no_latents"}
-        if not self.model.config.num_latents:
-            keys = {"no_latents": "loss"}
-        elif self.model.config.inference_method == "langevin":
-            keys |= {"nll": "nll"}  # which bounds nothing
-        elif self.args.infer_from != "prompt" and self.args.slow_gradient not in ("unrolled", "online"):
-            keys |= {"bound": "loss", "nll": "nll", "kl": "kl"}
+        keys = self.objective.figures
         data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         found = {}
         for name, blocks in data.items():

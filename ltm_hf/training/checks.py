@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping
 
 from torch.utils.data import IterableDataset
 
-from .online import check_online
-
 # Columns that say which tokens count, where texts begin or what is to be read instead of tokens.
 SAYS_MORE = re.compile(
     r".*_masks?|position_ids|seq_lengths|label_ids|shift_labels|inputs_embeds|latents|latent_key_values"
@@ -38,62 +36,15 @@ def check_options(trainer) -> None:
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False):
         raise ValueError("parallelism_config splits texts over processes, and latents are of a whole text.")
-    if not config.num_latents:  # the baseline of a comparison takes the same arguments
-        return
-    if config.inference_method == "amortized":
-        _check_amortized(args, _is_sharded(trainer))
-    elif args.kl_annealing_steps:
-        raise ValueError("kl_annealing_steps is for inference_method='amortized'.")
-    if args.inference_start_ratio and _is_sharded(trainer):
+    if config.num_latents and config.inference_method == "amortized" and _is_sharded(trainer):
         raise ValueError(
-            "inference_start_ratio leaves weights without a gradient, which FSDP and DeepSpeed do not: use one process "
-            "or DDP."
+            "inference_method='amortized' trains its encoder outside the forward pass that FSDP and DeepSpeed know: use "
+            "one process or DDP."
         )
-    least, _ = args.inference_steps(config)
-    if args.slow_gradient in ("unrolled", "online"):
-        _check_predicting(trainer, least)
 
 
 def _is_sharded(trainer) -> bool:
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-
-
-def _check_amortized(args, sharded: bool) -> None:
-    name = "inference_method='amortized'"
-    if sharded:
-        raise ValueError(
-            f"{name} trains its encoder outside the forward pass that FSDP and DeepSpeed know: use one process or DDP."
-        )
-    if args.inference_start_ratio:
-        raise ValueError(f"With {name} latents start with kl_annealing_steps.")
-    steps = ("num_inference_steps", "num_inference_steps_min", "inference_learning_rate", "inference_learning_rate_end")
-    for option in steps:
-        if getattr(args, option):
-            raise ValueError(f"{option} is of inference by steps, of which {name} takes none.")
-    if args.slow_gradient == "trajectory":
-        raise ValueError(f"slow_gradient='trajectory' is of inference by steps, of which {name} takes none.")
-
-
-def _check_predicting(trainer, least: int) -> None:
-    args, config = trainer.args, trainer.model.config
-    name = f"slow_gradient={args.slow_gradient!r}"
-    if args.slow_gradient == "online":
-        check_online(config)
-        if args.num_inference_steps not in (None, 1):
-            raise ValueError(f"{name} takes one step at each token: num_inference_steps must be 1.")
-    if config.inference_method != "variational" or args.infer_from != "labels" or least < 1:
-        raise ValueError(
-            f"{name} fits latents to what is scored before, by one step or more: it needs "
-            "inference_method='variational', infer_from='labels' and num_inference_steps of at least 1."
-        )
-    if _is_sharded(trainer) or args.torch_compile or args.gradient_checkpointing:
-        raise ValueError(
-            f"{name} takes gradients of gradients, which FSDP, DeepSpeed, torch.compile and gradient checkpointing "
-            "do not: use one process or DDP, without these."
-        )
-    if args.neftune_noise_alpha is not None or trainer.compute_loss_func is not None:
-        option = "compute_loss_func" if args.neftune_noise_alpha is None else "neftune_noise_alpha"
-        raise ValueError(f"{option} does not go with {name}: one pass serves to infer latents and to learn.")
 
 
 # ---------------------------------------------------------------- data sets

@@ -12,7 +12,7 @@ FINGERPRINT = "fingerprint.json"
 ROWS = 1024  # of the training data that are looked at, evenly spread
 COLUMNS = ("input_ids", "labels", "attention_mask")
 ARGUMENTS = (
-    "seed", "data_seed", "train_sampling_strategy", "optim", "optim_args", "slow_optimizer", "slow_gradient",
+    "seed", "data_seed", "train_sampling_strategy", "optim", "optim_args", "slow_optimizer", "objective",
     "infer_from",
 )  # fmt: skip
 DIGESTS = ("tokenizer", "train_dataset")
@@ -26,7 +26,7 @@ def fingerprint(trainer) -> dict:
     """By name, what a run must have in common with the checkpoint that it goes on from; digests of what is large.
 
     The model's configuration and its adapters'; the tokenizer's entries and special tokens; the seeds and how rows are
-    drawn; the optimisers; what the decoder learns from (`slow_gradient`, `infer_from`); and the training data: how many
+    drawn; the optimisers; what the decoder learns from (`objective`, `infer_from`); and the training data: how many
     rows there are, and up to 1,024 of them, evenly spread. Of a stream of `datasets` it is the first row, of other
     streams nothing.
 

@@ -8,7 +8,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from ..posterior_ltm import IGNORED, LatentPosterior, elbo, scored_tokens
+from ..likelihood_ltm import Text, elbo
+from ..posterior_ltm import LatentPosterior
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak * 1e12 for name, peak in PEAK_TFLOPS.items() if set(name.split()) <= set(words)), None)
 
 
+def perplexity(nats: float) -> float:
+    """exp, as far as a float goes."""
+    return math.exp(min(nats, 700.0))  # the largest that a float holds is e⁷⁰⁹
+
+
 def mean(total: float, count: float) -> float:
     """NaN of nothing."""
     return total / count if count else math.nan
@@ -41,12 +47,12 @@ def mean(total: float, count: float) -> float:
 # ---------------------------------------------------------------- what an evaluation says about the fast loop
 
 
-def trace_sums(posterior: LatentPosterior, evidence: dict, num_steps: int, final=None) -> dict[str, float]:
+def trace_sums(posterior: LatentPosterior, evidence: Text, num_steps: int, final=None) -> dict[str, float]:
     """The ELBO at each of `num_steps` steps, summed over rows, and the tokens in it; `final` (B,): after the last.
 
     A fit that stopped early stays where it stopped. Rows without tokens, and rows that turned non-finite, are left out.
     """
-    num_tokens = (scored_tokens(**evidence) != IGNORED).sum(dim=1)
+    num_tokens = evidence.num_tokens
     trace = posterior.elbo_trace
     if len(trace) == 0:
         trace = posterior.mean.new_zeros((1, len(num_tokens)))
@@ -58,13 +64,13 @@ def trace_sums(posterior: LatentPosterior, evidence: dict, num_steps: int, final
     return sums | {"traced_tokens": num_tokens[rows].sum().item()}
 
 
-def variance_sums(decoder, posterior: LatentPosterior, evidence: dict, seed: int) -> dict[str, float]:
+def variance_sums(decoder, posterior: LatentPosterior, evidence: Text, seed: int) -> dict[str, float]:
     """What the ELBO gains, summed over rows and under the same noise, where all log-variances grow or shrink by one."""
     now, wider, narrower = (
         elbo(
             decoder,
-            posterior=LatentPosterior(posterior.mean, posterior.log_variance + shift, keys=posterior.keys),
-            **evidence,
+            evidence,
+            LatentPosterior(posterior.mean, posterior.log_variance + shift, keys=posterior.keys),
             seed=seed,
         )
         for shift in (0.0, 1.0, -1.0)
@@ -118,7 +124,7 @@ def _diagnose_evaluation(figures: dict, warmed_up: bool) -> dict[str, str]:
     if warmed_up and figures["kl"] < LATENTS_UNUSED[0] and gain < LATENTS_UNUSED[1]:
         found["latents unused"] = (
             f"they hold {figures['kl']:.2g} nats a token, and the bound gains {gain:.2g} over no latents. Train "
-            "longer, raise cross_attention_gate_init, or give them more to say: a narrower window, longer blocks."
+            "longer, raise latent_gate_init, or give them more to say: a narrower window, longer blocks."
         )
     if figures.get("elbo_last_gain", 0.0) > STILL_RISING:
         found["fast loop not converged"] = (
@@ -129,7 +135,7 @@ def _diagnose_evaluation(figures: dict, warmed_up: bool) -> dict[str, str]:
     if figures[f"gain_if_{way}"] > VARIANCE_OFF:
         found["log-variance far from its optimum"] = (
             f"{way} by one everywhere, it would raise the ELBO by {figures[f'gain_if_{way}']:.2g} nats a token. Raise "
-            "num_inference_steps, or use inference_optimizer='natural', which starts at the prior."
+            "num_inference_steps, or use inference_method='natural', which starts at the prior."
         )
     return found
 
@@ -144,8 +150,7 @@ class Monitor(TrainerCallback):
         if not state.is_world_process_zero:
             return
         before = [entry["loss"] for entry in state.log_history[-3 * WINDOW[1] : -1] if "loss" in entry]
-        start = max(args.get_warmup_steps(state.max_steps), args.inference_start_ratio * state.max_steps)
-        warmed_up = state.global_step > start
+        warmed_up = state.global_step > args.get_warmup_steps(state.max_steps)
         for cause, message in diagnose(logs, before, warmed_up).items():
             if cause not in self._warned:
                 self._warned.add(cause)

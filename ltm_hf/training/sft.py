@@ -45,7 +45,7 @@ class LTMSFTTrainer(ModelCardMixin, DualRateMixin, SFTTrainer):
     adapter, `peft_config`. What TRL does not score (the prompt, other turns than the assistant's) the bound does not
     score either; `infer_from` says whether the latents are fitted to it. In rows that are token ids already, padding
     that an `attention_mask` marks is taken off.
-    With slow_gradient="trajectory", `num_tokens` counts a token once for each forward pass of the slow step.
+    With objective="elbo_trajectory", `num_tokens` counts a token once for each forward pass of the slow step.
     A special token that a text or a message names is spelt by its letters.
     """
 
