@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from .modeling_ltm import LTMForCausalLM  # noqa: F401
 
 SELF_ATTENTIONS = ("mistral", "qwen2", "qwen3")
-READERS = ("memory", "paper")
+READERS = {  # and what each is, for cards
+    "memory": "a memory after the last layer, which holds a posterior given the text so far",
+    "paper": "cross-attention in the decoder's layers",
+}
 # Fields that are derived anew where these change. (A stride is kept with more positions: weights have learned by it.)
 _FOLLOWS = {
     "head_dim": {"hidden_size", "num_attention_heads"},
@@ -358,6 +361,10 @@ class LTMConfig(PreTrainedConfig):
     @property
     def has_memory(self) -> bool:
         return self.latent_reader == "memory" and self.num_latents > 0
+
+    @property
+    def has_encoder(self) -> bool:
+        return self.inference_method == "amortized" and self.num_latents > 0
 
     @property
     def latents_per_layer(self) -> int:

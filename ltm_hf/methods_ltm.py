@@ -26,6 +26,12 @@ class InferenceMethod:
     takes_steps: ClassVar[bool] = True  # else an encoder of the model's gives the posterior
     default_step_size: ClassVar[float] = 0.5
     default_schedule: ClassVar[str] = "constant"
+    growth: ClassVar[float] = 1.0  # of the step size over training, unless told otherwise
+    num_kept: ClassVar[int] = 0  # arrays of the mean's size that it keeps from step to step
+    settings: ClassVar[tuple[str, ...]] = (  # fields of `InferenceSettings` that it goes by
+        "num_inference_steps", "inference_learning_rate", "inference_lr_schedule", "inference_noise",
+        "inference_kl_weight", "inference_tolerance",
+    )  # fmt: skip
 
     mean: torch.Tensor  # (B, L, N, D) float32, as is
     log_variance: torch.Tensor
@@ -51,6 +57,8 @@ class AdamWInference(InferenceMethod):
     """
 
     default_step_size = 0.3
+    growth = 0.34 / 0.30  # the paper goes from 0.30 to 0.34
+    num_kept = 6  # gradients and moments, of mean and log-variance
     WEIGHT_DECAY = 0.01  # torch's own, which the released code leaves on
 
     def __init__(self, mean, log_variance):
@@ -106,6 +114,8 @@ class LBFGSInference(InferenceMethod):
 
     at_mean = True
     HISTORY = 10  # moves
+    num_kept = 2 * HISTORY + 2
+    settings = tuple(name for name in InferenceMethod.settings if name != "inference_noise")
 
     def __init__(self, mean, log_variance):
         super().__init__(mean, log_variance)
@@ -172,6 +182,7 @@ class LangevinInference(InferenceMethod):
     has_variance = False
     is_point = True
     default_step_size = 0.1
+    settings = ("num_inference_steps", "inference_learning_rate", "inference_kl_weight")
 
     @classmethod
     def start(cls, keys, shape, seed):
@@ -186,6 +197,7 @@ class AmortizedInference(InferenceMethod):
     """The paper's ablation: the model's encoder gives the posterior, and no step is taken."""
 
     takes_steps = False
+    settings = ()
 
 
 INFERENCE_METHODS: dict[str, type[InferenceMethod]] = {

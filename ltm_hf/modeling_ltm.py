@@ -373,7 +373,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         self.model = LTMModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.num_latents and config.inference_method == "amortized":
+        if config.has_encoder:
             self.encoder = LTMEncoder(config)
         self.post_init()
         self._set_inference_defaults()

@@ -1,4 +1,4 @@
-"""Configurations by name: a memory (the default), and the paper's model, as published and at sizes that run on a CPU."""
+"""Configurations by name: a memory (the default), and the paper's model, as published and at a size for a CPU."""
 
 from difflib import get_close_matches
 
@@ -31,7 +31,7 @@ _TINY = dict(
 
 PRESETS: dict[str, dict] = {
     "ltm-tiny": _TINY,
-    "ltm-tiny-paper": dict(**_TINY, **_PAPER, num_latents=6, num_inference_steps=16),
+    "ltm-tiny-paper": dict(**_TINY, **_PAPER, num_latents=24, num_inference_steps=16),
     "ltm-small": dict(**_SMALL, **_PAPER, num_hidden_layers=3, num_latents=24, num_inference_steps=16),
     "ltm-medium": dict(**_SMALL, **_PAPER, num_hidden_layers=6, num_latents=24, num_inference_steps=16),
     "ltm-large": dict(**_SMALL, **_PAPER, num_hidden_layers=12, num_latents=96, num_inference_steps=64),

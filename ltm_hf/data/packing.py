@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from ..posterior_ltm import IGNORED
+from ..losses_ltm import IGNORED
 from .corpora import generated
 from .numbers import check_at_least
 from .tokenization import encode

@@ -20,15 +20,10 @@ from ..data import collate_blocks, document_blocks, prefix_blocks
 from ..data.documents import check_prefix_length
 from ..data.numbers import check_at_least
 from ..data.packing import blocks_of
-from ..posterior_ltm import (
-    IGNORED,
-    LatentPosterior,
-    elbo,
-    infer_posterior,
-    keyed_normal,
-    negative_log_likelihood,
-    sequence_keys,
-)
+from ..inference_ltm import infer_posterior
+from ..likelihood_ltm import elbo, negative_log_likelihood
+from ..losses_ltm import IGNORED
+from ..posterior_ltm import LatentPosterior, keyed_normal, sequence_keys
 from .figures import evaluating, markdown_rows, mean_and_error, ratio_and_error, with_error
 from .sampling import context_length
 

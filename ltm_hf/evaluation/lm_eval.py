@@ -29,7 +29,9 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..configuration_ltm import InferenceSettings
-from ..posterior_ltm import IGNORED, elbo, infer_posterior
+from ..inference_ltm import infer_posterior
+from ..likelihood_ltm import elbo
+from ..losses_ltm import IGNORED
 from .figures import check_finite
 
 logger = logging.get_logger(__name__)

@@ -18,14 +18,9 @@ from contextlib import contextmanager
 import torch
 
 from ..data.numbers import check_at_least
-from ..posterior_ltm import (
-    IGNORED,
-    LatentPosterior,
-    check_sequences,
-    kl_terms,
-    negative_log_likelihood,
-    scored_tokens,
-)
+from ..likelihood_ltm import check_sequences, negative_log_likelihood, scored_tokens
+from ..losses_ltm import IGNORED
+from ..posterior_ltm import LatentPosterior, kl_terms
 from .figures import beyond_noise, evaluating, figure, markdown_rows, shortened, written
 from .representations import batches, check_blocks, infer_posteriors, settings_of, tokenize
 

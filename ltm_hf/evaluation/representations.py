@@ -19,7 +19,9 @@ from ..configuration_ltm import InferenceSettings
 from ..data import collate_blocks, encode
 from ..data.files import columns_of, file_type, local_files, read_rows
 from ..data.numbers import check_at_least
-from ..posterior_ltm import LatentPosterior, check_sequences, infer_posterior
+from ..inference_ltm import infer_posterior
+from ..likelihood_ltm import check_sequences
+from ..posterior_ltm import LatentPosterior
 from .figures import beyond_noise, check_finite, evaluating, figure, markdown_rows, shortened, written
 
 

@@ -24,7 +24,8 @@ from transformers import (
 from ..configuration_ltm import InferenceSettings
 from ..data import encode
 from ..data.numbers import check_at_least
-from ..posterior_ltm import LatentPosterior, infer_posterior, keyed_normal, sequence_keys
+from ..inference_ltm import infer_posterior
+from ..posterior_ltm import LatentPosterior, keyed_normal, sequence_keys
 from .figures import check_finite, evaluating
 
 _TOKEN = 4  # a use of noise beside those of posterior_ltm

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import collate_blocks, encode
 from ..data.numbers import check_at_least
-from ..posterior_ltm import IGNORED, negative_log_likelihood, scored_tokens
+from ..likelihood_ltm import negative_log_likelihood, scored_tokens
+from ..losses_ltm import IGNORED
 from .figures import as_figure, cell, check_finite, evaluating, figure, markdown_rows, ratio_and_error
 from .sampling import (
     GREEDY,

@@ -222,7 +222,7 @@ class DualRateArguments:
         if start is None:
             start = settings.inference_learning_rate or method_of(settings).default_step_size
         if end is None:
-            end = start * 0.34 / 0.30 if settings.inference_method == "adamw" else start
+            end = start * method_of(settings).growth
         return start, end
 
     def inference_rate(self, config, share: float) -> float:

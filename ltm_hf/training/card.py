@@ -9,10 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..configuration_ltm import InferenceSettings
+from ..configuration_ltm import READERS, InferenceSettings
+from ..costs.flops import count_parameters, paper_training_flops, training_flops
 from ..evaluation import Likelihood, markdown_table
 from ..evaluation.figures import with_error
-from ..flops import count_parameters, paper_training_flops, training_flops
+from ..methods_ltm import method_of
+from .objectives import objective_of
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"  # in a wheel the folder lies inside the package,
 if not TEMPLATE.is_file():
@@ -149,7 +151,7 @@ def _apart(likelihoods: dict[str, Likelihood]) -> tuple[dict[str, Likelihood], d
 
 def _perplexity(likelihood: Likelihood) -> float | None:
     """A bound with latents, unless they are from the prompt alone; exact for a model that has none."""
-    name = next((name for name in ("bound", "from_prompt", "no_latents") if name in likelihood), None)
+    name = next((name for name in ("bound", "prediction", "from_prompt", "no_latents") if name in likelihood), None)
     return name and likelihood.perplexity(name)
 
 
@@ -180,26 +182,24 @@ def _architecture(config) -> dict[str, str]:
         "vocabulary": _count(config.vocab_size),
     }
     if config.num_latents:
-        facts["latent vectors"] = f"{config.num_latents} ({config.latents_per_layer} a layer)"
-        if config.cross_attention_layers is not None:
+        facts["latent vectors"] = _count(config.num_latents)
+        facts["read by"] = READERS[config.latent_reader]
+        if config.has_memory:
+            facts["tokens that read the same memory"] = _count(config.latent_chunk)
+        else:
             facts["layers that read latents"] = ", ".join(str(layer + 1) for layer in config.reading_layers)
-        facts["cross-attention"] = f"{'after' if config.cross_attention_after_mlp else 'before'} the layer's MLP"
-        facts["rotary positions of the latents"] = "yes" if config.cross_attention_rotary else "no"
-        facts["embeddings of the latents"] = "no" if config.latent_embedding_std is None else "yes"
-        facts["gate on the cross-attention"] = "no" if config.cross_attention_gate_init is None else "yes"
+        facts["gate on what is read"] = "no" if config.latent_gate_init is None else "yes"
     return facts
 
 
 def _inference(config) -> dict[str, object]:
-    """The settings that the configuration's method and optimiser read and that are set."""
-    settings = asdict(InferenceSettings.of(config))
-    if config.inference_method == "variational":
-        settings.pop("inference_method")
-        settings.pop("inference_precision" if config.inference_optimizer == "adamw" else "inference_weight_decay")
-    else:
-        chain = ("num_inference_steps", "inference_learning_rate") if config.inference_method == "langevin" else ()
-        settings = {name: settings[name] for name in ("inference_method", *chain)}
-    return {f"`{name}`": value for name, value in settings.items() if value is not None}
+    """The settings that the configuration's method goes by and that are set."""
+    settings, method = asdict(InferenceSettings.of(config)), method_of(config)
+    settings["inference_learning_rate"] = settings["inference_learning_rate"] or method.default_step_size
+    settings["inference_lr_schedule"] = settings["inference_lr_schedule"] or method.default_schedule
+    names = ("num_inference_steps", "inference_kl_weight") if config.has_memory else method.settings
+    known = {name: settings[name] for name in ("inference_method", *names)}
+    return {f"`{name}`": value for name, value in known.items() if value is not None}
 
 
 def _recipe(config, arguments) -> dict[str, str]:
@@ -220,37 +220,23 @@ def _recipe(config, arguments) -> dict[str, str]:
         "mixed precision": "bfloat16" if arguments.bf16 else "float16" if arguments.fp16 else "no",
         "seed": str(arguments.seed),
     }
-    if config.num_latents:
-        start, end = arguments.inference_learning_rate, arguments.inference_learning_rate_end
-        start = InferenceSettings.of(config).inference_learning_rate if start is None else start
-        if end is None:  # as LTMTrainer does
-            adamw = config.inference_method == "variational" and config.inference_optimizer == "adamw"
-            end = start * 0.34 / 0.30 if adamw else start
-        if config.inference_method == "amortized":
-            annealing = arguments.kl_annealing_steps
-            facts["weight of the KL"] = f"0 to 1 over {annealing} steps, linear" if annealing else "1"
-            return facts
-        least, most = arguments.inference_steps(config)
-        drawn = "" if least == most else f"{least} to "
-        facts["inference steps (fast)"] = f"{drawn}{most}"
-        facts["inference step size"] = f"{start:g}" if end == start else f"{start:g} to {end:g}, linear over training"
-        facts["slow gradient"] = arguments.slow_gradient
-        if arguments.inference_start_ratio:
-            facts["first learned without latents"] = f"{100 * arguments.inference_start_ratio:g} % of the steps"
-    return facts
+    objective = objective_of(config, arguments)
+    return facts | {"learns from": objective.description} | objective.facts()
 
 
-def _cost(config, arguments, sequence_length: int, num_tokens: int | None) -> dict[str, str]:
+def _cost(config, arguments, sequence_length: int, num_tokens: int | None) -> dict[str, str | None]:
     """FLOPs of training as the run's arguments say, or as the configuration does where there are none."""
     trained, passes = copy.deepcopy(config), 1
     least = most = config.num_inference_steps
     if arguments is not None:
-        (least, most), passes = arguments.inference_steps(config), arguments.slow_passes(config)
+        least, most = arguments.inference_steps(config)
     trained.num_inference_steps = most
     flops = training_flops(trained, sequence_length)
-    steps = (least + most) / 2 if flops.num_inference_steps else 0
-    fast = flops.fast_step if arguments is None else arguments.fast_step_flops(flops)
-    training = steps * fast + flops.step(0, passes)
+    steps = (least + most) / 2 if flops.fast_step else 0
+    training = flops.step(steps)
+    if arguments is not None:
+        objective = objective_of(config, arguments)
+        training, passes = objective.flops(flops, steps), objective.passes(steps)
     facts = {"forward": _flops(flops.forward)}
     if steps:
         facts["inference step"] = f"{_flops(flops.fast_step)}, {flops.fast_step / flops.forward:.1f} times a forward"
@@ -259,9 +245,8 @@ def _cost(config, arguments, sequence_length: int, num_tokens: int | None) -> di
         facts["training step in the paper's account"] = _flops(paper)
     else:
         facts["training step"] = _flops(training)
-    if num_tokens is None or arguments is None:
-        return facts | {"whole run (not a token)": None}
-    return facts | {"whole run (not a token)": _flops(arguments.step_flops(config, sequence_length) * num_tokens)}
+    whole = None if num_tokens is None or arguments is None else _flops(training * num_tokens)
+    return facts | {"whole run (not a token)": whole}
 
 
 def _count(number: int | None) -> str | None:

@@ -84,8 +84,8 @@ class ModelCardMixin:
         for entry in reversed(state.log_history):  # of several evaluations at a step the first, training's own, stays
             record |= entry if entry["step"] == step else {}
         tokens = state.num_input_tokens_seen if step == state.global_step else record.get("num_input_tokens_seen")
-        batch = getattr(self, "_last_batch", None) or {}
-        packed = "input_ids" in batch and "attention_mask" not in batch  # nothing is padded: all rows are of one length
+        text, _ = getattr(self, "_last_batch", None) or (None, None)
+        packed = text is not None and text.mask is None  # nothing is padded: all rows are of one length
         hardware = args.device.type.upper()
         if hardware == "CUDA":
             hardware = torch.cuda.get_device_name(args.device)
@@ -95,7 +95,7 @@ class ModelCardMixin:
             training_arguments=args,
             num_training_steps=step or None,
             num_training_tokens=tokens or None,
-            block_size=batch["input_ids"].shape[1] if packed else None,
+            block_size=text.input_ids.shape[1] if packed else None,
             # Several processes on a CPU are not several CPUs.
             hardware=hardware if args.world_size == 1 or hardware == "CPU" else f"{args.world_size} x {hardware}",
             likelihood=self._evaluated(record),

@@ -36,10 +36,10 @@ def check_options(trainer) -> None:
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     if getattr(parallel, "cp_enabled", False) or getattr(parallel, "sp_enabled", False):
         raise ValueError("parallelism_config splits texts over processes, and latents are of a whole text.")
-    if config.num_latents and config.inference_method == "amortized" and _is_sharded(trainer):
+    if config.has_encoder and _is_sharded(trainer):
         raise ValueError(
-            "inference_method='amortized' trains its encoder outside the forward pass that FSDP and DeepSpeed know: use "
-            "one process or DDP."
+            f"inference_method={config.inference_method!r} trains its encoder outside the forward pass that FSDP and "
+            "DeepSpeed know: use one process or DDP."
         )
 
 

@@ -58,11 +58,11 @@ class EvaluationMixin:
                 f"{metric_key_prefix}: no token is scored, since there are no rows, or all their labels are -100: its "
                 "figures are NaN."
             )
-        figures = self._evaluated()
+        figures = self._eval_figures()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
         return output
 
-    def _evaluated(self) -> dict[str, float]:
+    def _eval_figures(self) -> dict[str, float]:
         sums, fit_sums, objective = self._eval_sums, self._reduced(self._fit_sums), self.objective
         nll, kl, plain = (mean(sums[name], sums["tokens"]) for name in ("nll", "kl", "plain"))
         bound = nll + kl * objective.pays_kl

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from ..configuration_ltm import InferenceSettings
-from ..flops import TrainingFlops, training_flops
+from ..costs.flops import TrainingFlops, training_flops
 from ..inference_ltm import amortized_posterior, infer_posterior
 from ..likelihood_ltm import Text, elbo, negative_log_likelihood
 from ..memory_ltm import prior_state, token_noise
@@ -84,6 +84,10 @@ class Objective:
         """What the last pass was given, as its gain is measured."""
         return given
 
+    def facts(self) -> dict[str, str]:
+        """What a model card says of how it learned beside `description`, by label."""
+        return {}
+
     def passes(self, num_steps: float) -> float:
         """Forward passes of a slow step after so many steps of inference."""
         return 1
@@ -104,7 +108,7 @@ class Now(NamedTuple):
         return min(1.0, self.step / max(1, self.max_steps - 1))
 
 
-class Likelihood(Objective):
+class MaximumLikelihood(Objective):
     """Of a decoder without latents, the autoregressive twin."""
 
     description = "the likelihood"
@@ -172,6 +176,17 @@ class Elbo(Objective):
             num_steps=len(posterior.elbo_trace),
             num_non_finite=posterior.num_non_finite,
         )
+
+    def facts(self):
+        args, config = self.args, self.config
+        if not self.method.takes_steps:
+            steps = args.kl_annealing_steps
+            return {"weight of the KL": f"0 to 1 over {steps} steps, linear" if steps else "1"}
+        (least, most), (start, end) = args.inference_steps(config), args.inference_rates(config)
+        return {
+            "inference steps (fast)": f"{most}" if least == most else f"{least} to {most}",
+            "inference step size": f"{start:g}" if end == start else f"{start:g} to {end:g}, linear over training",
+        }
 
     def _fit(self, decoder, evidence: Text, seed: int, now: Now, callback=None):
         """The posterior, and samples of its way there that the decoder learns from as well."""
@@ -299,7 +314,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 def objective_of(config, args) -> Objective:
     """The objective of a run, checked: the one that the arguments name, or the reader's own; the twin's likelihood."""
     if not config.num_latents:
-        return Likelihood(config, args)
+        return MaximumLikelihood(config, args)
     kind = OBJECTIVES[args.objective or default_objective(config)]
     kind.check(config, args)
     return kind(config, args)

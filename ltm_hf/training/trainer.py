@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from ..data import collate_blocks
-from ..flops import training_flops
+from ..costs.flops import training_flops
 from ..inference_ltm import frozen
 from ..likelihood_ltm import Text, negative_log_likelihood
 from .arguments import DualRateArguments

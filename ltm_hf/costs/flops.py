@@ -6,8 +6,7 @@ A multiply-add is 2 FLOPs. Symbols: S tokens of a sequence, L layers, n latents 
 gradients, attention counts half the S x S scores, cross-attention's scores and the latents' keys and values are free.
 `training_flops` is what this library multiplies, with the decoder frozen in the fast loop.
 
-    python -m ltm_hf.flops                                                     # a table of all presets
-    python -m ltm_hf.flops --plan ltm-large --gpus 8 --tokens 3e9              # a run (planner.py)
+    python -m ltm_hf.costs.flops    # a table of all presets
 """
 
 from collections.abc import Callable
@@ -15,9 +14,9 @@ from dataclasses import dataclass
 
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import cli
-from .configuration_ltm import LTMConfig
-from .presets import PRESETS, preset_config
+from .. import cli
+from ..configuration_ltm import LTMConfig
+from ..presets import PRESETS, preset_config
 
 ATTENTIONS = ("dense", "window")
 
@@ -28,33 +27,31 @@ def count_parameters(config: LTMConfig) -> int:
     attention = 2 * hidden * queries + 2 * hidden * keys
     extra = {"mistral": 0, "qwen2": queries + 2 * keys, "qwen3": 2 * config.head_dim}[config.self_attention]
     layer = attention + extra + 3 * hidden * config.intermediate_size + 2 * hidden  # two norms
-    # What a layer that reads latents has more: its norm, queries and keys, and values and output if projected.
-    reading = hidden + (attention if config.cross_attention_value_projection else hidden * (queries + keys))
-    reading += 0 if config.cross_attention_gate_init is None else hidden
-    reading += 0 if config.latent_embedding_std is None else config.latents_per_layer * hidden
+    # What a layer that reads latents has more: its norm, the attention, a gate.
+    reading = hidden + attention + (0 if config.latent_gate_init is None else hidden)
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * hidden
-    encoder = 0
-    if _has_encoder(config):
+    encoder = memory = 0
+    if config.has_encoder:
         encoder = config.num_hidden_layers * layer + config.num_latents * hidden  # its queries
         encoder += hidden + 2 * hidden**2  # its norm and head
-    return embeddings + config.num_hidden_layers * layer + len(config.reading_layers) * reading + hidden + encoder
-
-
-def _has_encoder(config: LTMConfig) -> bool:
-    return bool(config.num_latents) and config.inference_method == "amortized"
+    if config.has_memory:
+        memory = 2 * hidden**2 + config.num_latents * hidden + 2 * hidden + 2 * config.num_attention_heads
+    layers = config.num_hidden_layers * layer + len(config.reading_layers) * reading
+    return embeddings + layers + hidden + encoder + memory
 
 
 def paper_training_flops(config: LTMConfig, sequence_length: int | None = None) -> int:
     """The paper's training FLOPs per token (its column trFLOPs/token): (T + 1)·(6·P + 12·L·D·S/2).
 
-    T = config.num_inference_steps. Without latents there is no fast loop, and the paper counts 6·P alone.
+    T = config.num_inference_steps. Without a fast loop, of a decoder without latents or one with a memory, it is 6·P
+    as the paper has it for the former.
     sequence_length: S, default `max_position_embeddings`. Raises ValueError if it is not an integer of 1 or more, and
     for a model with an encoder, which the paper does not account for.
     """
     parameters, tokens = count_parameters(config), checked_length(config, sequence_length)
-    if _has_encoder(config):
+    if config.has_encoder:
         raise ValueError("The paper gives no account of an encoder (inference_method='amortized'): use training_flops.")
-    if not config.num_latents:
+    if not config.reading_layers:
         return 6 * parameters
     attention = 6 * config.num_hidden_layers * config.hidden_size * tokens
     return (config.num_inference_steps + 1) * (6 * parameters + attention)
@@ -66,21 +63,17 @@ class TrainingFlops:
 
     forward: logits of all positions, from tokens and latents.
     fast_step: logits of all positions but the last, and the gradient of the latents, no weight gradient; a share of
-        what comes before the first cross-attention, which is computed once for all steps. 0 without latents, and with
-        an encoder.
-    slow_step: a forward and the gradient of all weights, at latents that need none; with an encoder, all of its work
-        and the latents' gradient.
+        what comes before the first cross-attention, which is computed once for all steps. 0 without latents, with a
+        memory, and with an encoder.
+    slow_step: a forward and the gradient of all weights, at latents that need none; with a memory, what it infers on
+        the way; with an encoder, all of its work and the latents' gradient.
     num_inference_steps: fast steps of a training step.
-    unrolled_step: what slow_gradient="unrolled" costs for each fast step, fitted to half of the tokens, to 2 in 100.
-    online_step: what slow_gradient="online" costs beside the slow step; of a model that it can train.
     """
 
     forward: float
     fast_step: float
     slow_step: float
     num_inference_steps: int
-    unrolled_step: float = 0.0
-    online_step: float = 0.0
 
     @property
     def training_step(self) -> float:
@@ -103,64 +96,79 @@ def training_flops(config: LTMConfig, sequence_length: int | None = None, attent
     tokens = checked_length(config, sequence_length)
     if attention not in ATTENTIONS:
         raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}; got {attention!r}.")
-    hidden, queries, keys = widths(config)
-    window = min(config.sliding_window or tokens, tokens)
-    pairs = tokens**2 if attention == "dense" else tokens * window - window * (window - 1) // 2
-
-    # Forward FLOPs of one sequence. First of one layer:
-    projections = tokens * 2 * hidden * (2 * queries + 2 * keys)
-    scores = 4 * queries * pairs  # queries with keys, then weights with values
-    mlp = tokens * 6 * hidden * config.intermediate_size
-    cross_query = cross_out = latent_projections = cross_scores = 0
-    if config.num_latents:
-        cross_query = tokens * 2 * hidden * queries
-        latent_projections = config.latents_per_layer * 2 * hidden * keys
-        if config.cross_attention_value_projection:
-            cross_out, latent_projections = cross_query, 2 * latent_projections
-        cross_scores = 4 * queries * tokens * config.latents_per_layer
-    layers, reading = config.num_hidden_layers, config.reading_layers
-    cross = cross_query + cross_out + latent_projections
-    head = 2 * hidden * config.vocab_size  # of one token
-    linear = layers * (projections + mlp) + len(reading) * cross + tokens * head
-    attended = layers * scores + len(reading) * cross_scores
-    forward = linear + attended
-
-    # Backward, a product with a weight costs its forward once for its input and once for the weight; a product of two
-    # activations costs it once for each.
-    weights_backward = 2 * forward
-    if config.latent_embedding_std is None:  # the slow step's latents need no gradient
-        weights_backward -= len(reading) * latent_projections
-    # What comes before the first cross-attention, and its queries, are constant.
-    before, mlp_before = min(reading, default=0), mlp if config.cross_attention_after_mlp else 0
-    latents_backward = linear - before * (projections + mlp) - projections - mlp_before - cross_query
-    latents_backward += 2 * (attended - (before + 1) * scores) - cross_scores // 2
-    fast_step = forward + latents_backward - 2 * head if config.num_latents else 0  # the last token predicts nothing
-    constant = before * (projections + scores + mlp) + projections + scores + mlp_before
-    # Of a decoder that learns, what depends on latents, the logits of half of the tokens, and the gradient of both; the
-    # slow step is spared these logits.
-    unrolled_step = 3 * (fast_step - constant - (tokens - 1) * head)
-    unrolled_step -= 3 * (tokens - 1) * head / 2 / max(1, config.num_inference_steps)
-    if fast_step and config.num_inference_steps:  # and is computed once for all steps
-        fast_step -= constant * (1 - 1 / config.num_inference_steps)
-    slow_step = forward + weights_backward
-    if _has_encoder(config):
-        fast_step, read = 0, tokens + config.num_latents  # tokens and queries, each of which attends to all
-        encoder = layers * (read * (projections + mlp) // tokens + 4 * queries * read**2)
-        encoder += config.num_latents * 4 * hidden**2  # the head
-        slow_step += len(reading) * latent_projections + 3 * encoder
-    # A forward above the last cross-attention, the gradient of what it reads, and the gradient of both; attention of
-    # the tokens to each other; and two cross-attentions whose output is not used, but none that learns.
-    online_step = 6 * (mlp - mlp_before + (tokens - 1) * head) + 2 * cross_query - cross_scores - latent_projections
-    online_step += 6 * tokens * (queries + tokens * config.num_attention_heads) * config.latents_per_layer
-    online_step += 6 * tokens**2 * queries
+    cost = _Sequence(config, tokens, attention)
     return TrainingFlops(
-        forward=forward / tokens,
-        fast_step=fast_step / tokens,
-        slow_step=slow_step / tokens,
-        num_inference_steps=config.num_inference_steps if fast_step else 0,
-        unrolled_step=unrolled_step / tokens if fast_step else 0,
-        online_step=online_step / tokens if fast_step else 0,
+        forward=cost.forward / tokens,
+        fast_step=cost.fast_step() / tokens,
+        slow_step=cost.slow_step() / tokens,
+        num_inference_steps=config.num_inference_steps if cost.has_fast_loop else 0,
     )
+
+
+class _Sequence:
+    """FLOPs of one sequence. Backward, a product with a weight costs its forward once for its input and once for the
+    weight; a product of two activations costs it once for each."""
+
+    def __init__(self, config: LTMConfig, tokens: int, attention: str):
+        self.config, self.tokens = config, tokens
+        hidden, queries, keys = widths(config)
+        window = min(config.sliding_window or tokens, tokens)
+        pairs = tokens**2 if attention == "dense" else tokens * window - window * (window - 1) // 2
+        self.reading = config.reading_layers
+        self.has_fast_loop = bool(self.reading) and not config.has_encoder
+        # Forward, of a layer and its reading of latents:
+        self.projections = tokens * 2 * hidden * (2 * queries + 2 * keys)
+        self.scores = 4 * queries * pairs  # queries with keys, then weights with values
+        self.mlp = tokens * 6 * hidden * config.intermediate_size
+        self.cross_query = tokens * 2 * hidden * queries  # and as much for the output
+        self.latent_projections = config.latents_per_layer * 4 * hidden * keys
+        self.cross_scores = 4 * queries * tokens * config.latents_per_layer
+        # Of a memory: queries and the map, the weights of latents, what they read.
+        self.square = tokens * 2 * hidden**2 * config.has_memory
+        self.latents = tokens * 2 * hidden * config.num_latents * config.has_memory
+        self.head = 2 * hidden * config.vocab_size  # of one token
+        cross = 2 * self.cross_query + self.latent_projections
+        self.linear = config.num_hidden_layers * (self.projections + self.mlp) + len(self.reading) * cross
+        self.linear += tokens * self.head
+        self.attended = config.num_hidden_layers * self.scores + len(self.reading) * self.cross_scores
+        self.forward = self.linear + self.attended + 2 * self.square + 2 * self.latents
+
+    def fast_step(self) -> float:
+        if not self.has_fast_loop:
+            return 0
+        before, steps = self.reading[0], self.config.num_inference_steps
+        # What comes before the first cross-attention, and its queries, are constant, and computed once for all steps.
+        constant = before * (self.projections + self.scores + self.mlp) + self.projections + self.scores
+        backward = self.linear - before * (self.projections + self.mlp) - self.projections - self.cross_query
+        backward += 2 * (self.attended - (before + 1) * self.scores) - self.cross_scores // 2
+        step = self.forward + backward - 2 * self.head  # the last token predicts nothing
+        return step - constant * (1 - 1 / steps) if steps else step
+
+    def slow_step(self) -> float:
+        if self.config.has_memory:
+            return self._prediction()
+        learned = 3 * self.forward - len(self.reading) * self.latent_projections  # latents need no gradient
+        return learned + self._encoder() if self.config.has_encoder else learned
+
+    def _encoder(self) -> float:
+        config, hidden = self.config, self.config.hidden_size
+        _, queries, _ = widths(config)
+        read = self.tokens + config.num_latents  # tokens and queries, each of which attends to all
+        encoder = config.num_hidden_layers * (read * (self.projections + self.mlp) // self.tokens)
+        encoder += config.num_hidden_layers * 4 * queries * read**2
+        encoder += config.num_latents * 4 * hidden**2  # the head
+        return len(self.reading) * self.latent_projections + 3 * encoder
+
+    def _prediction(self) -> float:
+        """Of a memory, read once without a graph, chunk after chunk, and once more with one (memory_ltm.py)."""
+        config, places = self.config, -(-self.tokens // self.config.latent_chunk) * self.config.latent_chunk
+        per_place = places / self.tokens
+        learned = 3 * (self.linear - self.tokens * self.head + self.attended)
+        errors = 3 * places * self.head  # logits, and the gradients in states and weight
+        precision = places * 2 * config.num_attention_heads * config.num_latents
+        read_once = (1 + 2 * per_place) * self.square + (1 + 2 * per_place) * self.latents + 2 * precision
+        again = 6 * self.square + (3 + 5 * per_place) * self.latents + 5 * precision
+        return learned + errors + read_once + again
 
 
 def count_flops(function: Callable[[], object]) -> int:
@@ -211,20 +219,12 @@ def table(sequence_length: int | None = None, attention: str = "dense") -> str:
 
 @cli.one_sentence()
 def main() -> None:
-    from . import planner  # which imports this file
-
-    parser = cli.Parser(description="Training cost of the presets, in MFLOPs per token; or a run's plan.")
+    parser = cli.Parser(description="Training cost of the presets, in MFLOPs per token.")
     parser.add_argument(
         "--sequence-length", type=cli.positive_int, help="tokens; default: each preset's max_position_embeddings"
     )
     parser.add_argument("--attention", choices=ATTENTIONS, default="dense", help="which self-attention scores count")
-    planner.add_arguments(parser)
-    named, args = cli.given(parser), parser.parse_args()
-    of_plans = named - {"sequence_length", "attention", "plan"}
-    cli.refuse_idle(named, (args.plan, "with --plan", ["attention"]), (not args.plan, "without --plan", of_plans))
-    if args.plan:
-        print(planner.report(planner.plan_from(args)))
-        return
+    args = parser.parse_args()
     print(table(args.sequence_length, args.attention))
     print(
         "\nMFLOPs per token. paper: (T + 1)(6 P + 12 L D S / 2), the published account. The rest is this "

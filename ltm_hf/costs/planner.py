@@ -1,6 +1,6 @@
 """What a training run needs: batch per GPU, memory, days and FLOPs, in closed form from the configuration.
 
-    python -m ltm_hf.flops --plan ltm-large --gpus 8 --tokens 3e9
+    python -m ltm_hf.costs.planner --preset ltm-large --gpus 8 --tokens 3e9
 
 Symbols: B sequences on a GPU at a time, S tokens of a sequence, L layers, n latents a layer, D hidden, V vocabulary,
 T inference steps, P parameters.
@@ -15,13 +15,14 @@ bfloat16), whatever the precision. The two published step times imply 0.166 (LTM
 """
 
 import math
-from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
 
-from .configuration_ltm import LTMConfig
+from .. import cli
+from ..configuration_ltm import LTMConfig
+from ..losses_ltm import CHUNK_BYTES
+from ..methods_ltm import method_of
+from ..presets import PRESETS, preset_config
 from .flops import checked_length, count_parameters, paper_training_flops, training_flops, widths
-from .losses_ltm import CHUNK_BYTES
-from .presets import PRESETS, preset_config
 
 PAPER_MFU = 0.164
 PAPER_BATCH = 512  # sequences of one optimiser step
@@ -106,12 +107,18 @@ def training_memory(
     _check_choice("sharding", sharding, SHARDINGS)
     tokens = checked_length(config, sequence_length)
     scored, sharded = batch_size * (tokens - 1), sharding in ("zero3", "fsdp2")
-    slow_logits = _chunk(config, scored, precision, frozen=False)
+    sizes = (config, batch_size, tokens, precision)
+    learning = _Saved(*sizes, learns=True)
+    slow_logits = learning.memory_passing() if config.has_memory else _chunk(config, scored, precision, frozen=False)
     if sharded:  # a head whose weight is gathered by hooks takes all tokens at once
         slow_logits = 3 * 4 * batch_size * tokens * config.vocab_size
-    fast_logits = _chunk(config, scored, precision, frozen=True) if config.num_latents else 0
-    setting = (config, batch_size, tokens, precision, gradient_checkpointing)
-    (fast, fast_again), (slow, slow_again) = _activations(*setting, True), _activations(*setting, False, not sharded)
+    slow, slow_again = _activations(learning, gradient_checkpointing, not sharded)
+    fast = fast_logits = latents = 0
+    if config.reading_layers:
+        fast, fast_again = _activations(_Saved(*sizes, learns=False), gradient_checkpointing)
+        fast_logits = max(_chunk(config, scored, precision, frozen=True), fast_again)
+        arrays = 6 + method_of(config).num_kept  # mean, log-variance, the best of both, noise and sample
+        latents = arrays * 4 * batch_size * math.prod(config.latent_shape)
     weights = gradients = 4 * count_parameters(config)
     adam = 2 * weights
     if sharding != "ddp":
@@ -120,20 +127,7 @@ def training_memory(
         gradients *= 2  # DDP's buckets
     if sharded and num_gpus > 1:
         weights += weights // num_gpus
-    arrays = 0
-    if config.num_latents:
-        # mean, log-variance, the best of both, noise and sample; Adam's moments and gradients
-        arrays = 6 + (6 if config.inference_optimizer == "adamw" else 0)
-    return Memory(
-        weights=weights,
-        gradients=gradients,
-        adam=adam,
-        slow_activations=slow,
-        fast_activations=fast if config.num_latents else 0,
-        slow_logits=max(slow_logits, slow_again),
-        fast_logits=max(fast_logits, fast_again) if config.num_latents else 0,
-        latents=arrays * 4 * batch_size * math.prod(config.latent_shape),
-    )
+    return Memory(weights, gradients, adam, slow, fast, max(slow_logits, slow_again), fast_logits, latents)
 
 
 def _chunk(config: LTMConfig, scored: int, precision: str, frozen: bool) -> int:
@@ -151,67 +145,112 @@ def _chunk(config: LTMConfig, scored: int, precision: str, frozen: bool) -> int:
     return max(chunk + copies + states, 3 * states)  # or, in the backward pass, the last norm's
 
 
-def _activations(
-    config: LTMConfig, batch: int, length: int, precision: str, checkpointing: bool, frozen: bool, chunked: bool = True
-) -> tuple[int, int]:
-    """Bytes that autograd saves in one forward pass, logits aside, and those that the backward pass computes again.
+class _Saved:
+    """Bytes that autograd saves of parts of a forward pass.
 
-    frozen: only the latents want a gradient. chunked: the head's gradients are taken in the forward pass.
+    learns: whether all weights want a gradient, or the latents alone.
     """
-    hidden, queries, keys = widths(config)
-    heads, inner, n = config.num_attention_heads, config.intermediate_size, config.latents_per_layer
-    tokens, bf16 = batch * length, precision == "bf16"
-    size = 2 if bf16 else 4  # bytes of what matrix products read and write; the residual stream is float32
-    learns = not frozen
 
-    def norm(products: int, width: int = hidden) -> int:
-        """Bytes a token of an RMSNorm and of what the `products` after it read."""
-        saved = 4 * width + 4
-        if learns:
-            saved += 4 * width  # before its weight
-            saved += 2 * width * products if bf16 else 4 * width  # autocast makes each product a copy of its own
+    def __init__(self, config: LTMConfig, batch: int, length: int, precision: str, learns: bool):
+        self.config, self.batch, self.length, self.learns = config, batch, length, learns
+        self.tokens, self.bf16 = batch * length, precision == "bf16"
+        self.size = 2 if self.bf16 else 4  # of what matrix products read and write; the residual stream is float32
+        self.hidden, self.queries, self.keys = widths(config)
+        # SDPA's mask becomes a bias, and repeats the keys for each query.
+        self.masked = config.sliding_window is not None and config.sliding_window < length
+        # Casts of an attention's weights.
+        self.copies = 4 * (self.hidden * self.queries + self.hidden * self.keys) if self.bf16 else 0
+
+    def norm(self, products: int) -> int:
+        """Of a token: an RMSNorm, and what the `products` after it read."""
+        saved = 4 * self.hidden + 4
+        if self.learns:
+            saved += 4 * self.hidden  # before its weight
+            # Autocast makes each product a copy of its own.
+            saved += 2 * self.hidden * products if self.bf16 else 4 * self.hidden
         return saved
 
-    # SDPA: queries, keys, values, output and log-sum-exp. A mask becomes a bias, and repeats the keys for each query.
-    masked = config.sliding_window is not None and config.sliding_window < length
-    attention = size * (2 * queries + 2 * (queries if masked else keys)) + 4 * heads
-    attention += size * length if masked else 0
-    if config.self_attention == "qwen3":  # a norm on each head, which casts to float32 and back
-        normed = queries + keys
-        attention += 4 * normed + 4 * (heads + config.num_key_value_heads) + (size * normed if learns else 0)
-    cross_attention = size * 2 * queries + 4 * heads
-    latents = size * n * (2 * keys + (2 * hidden if learns else 0))  # a sequence
-    # What the gate reads is the heads' output itself where nothing projects it.
-    gated = config.cross_attention_gate_init is not None and config.cross_attention_value_projection
-    gate = size * hidden if learns and gated else 0
-    mlp = size * inner * (4 if learns else 3)
+    def attention(self) -> int:
+        """Of a token: queries, keys, values, output and log-sum-exp."""
+        config, keys = self.config, self.queries if self.masked else self.keys
+        saved = self.size * (2 * self.queries + 2 * keys) + 4 * config.num_attention_heads
+        saved += self.size * self.length if self.masked else 0
+        if config.self_attention == "qwen3":  # a norm on each head, which casts to float32 and back
+            normed = self.queries + self.keys
+            saved += 4 * normed + 4 * (config.num_attention_heads + config.num_key_value_heads)
+            saved += self.size * normed if self.learns else 0
+        return saved
 
-    self_part = norm(3) + attention
-    cross_part = norm(1) + cross_attention + gate
-    copies = 2 * (2 * hidden * queries + 2 * hidden * keys) if bf16 else 0  # of an attention's weights
-    plain = tokens * (self_part + norm(2) + mlp) + copies + (2 * 3 * hidden * inner if bf16 else 0)
-    reading = tokens * cross_part + batch * latents + copies  # what a layer that reads latents has more
-    layers, layer = config.reading_layers, plain + (reading if n else 0)
-    # Of the head: its gradients, if it has given them already, or its copy.
-    head = tokens * norm(1)
-    if chunked:
-        head += 4 * tokens * hidden
-        if learns:  # and does not keep what it read
-            head += 4 * hidden * config.vocab_size - tokens * (2 if bf16 else 4) * hidden
-    elif bf16:
-        head += 2 * hidden * config.vocab_size
+    def layer(self) -> int:
+        inner = self.config.intermediate_size
+        mlp = self.size * inner * (4 if self.learns else 3)
+        casts = self.copies + (2 * 3 * self.hidden * inner if self.bf16 else 0)
+        return self.tokens * (self.norm(3) + self.attention() + self.norm(2) + mlp) + casts
+
+    def reading(self) -> int:
+        """What a layer that reads latents has more."""
+        config = self.config
+        attention = self.size * 2 * self.queries + 4 * config.num_attention_heads
+        gate = self.size * self.hidden if self.learns and config.latent_gate_init is not None else 0
+        latents = self.size * config.latents_per_layer * (2 * self.keys + (2 * self.hidden if self.learns else 0))
+        return self.tokens * (self.norm(1) + attention + gate) + self.batch * latents + self.copies
+
+    def memory(self) -> int:
+        """What a memory has, once for all layers: of reading the text once, and of doing so again with a graph.
+
+        Counted, not derived: bytes of a channel, of a token's weights of latents, and of a chunk's posterior.
+        """
+        config = self.config
+        weights = config.num_attention_heads * config.num_latents
+        posterior = (config.num_latents * self.hidden + weights) / config.latent_chunk
+        channel, weight, moment = (28, 12.5, 8.2) if self.bf16 else (37, 16.5, 12)
+        return int(self.tokens * (channel * self.hidden + weight * weights + moment * posterior))
+
+    def memory_passing(self) -> int:
+        """What a memory has beside `memory` for a while: a chunk's logits, or the gradients of its posteriors."""
+        config, matrix = self.config, self.hidden * self.config.vocab_size
+        rows = self.batch * config.latent_chunk
+        logits = rows * config.vocab_size * (10 if self.bf16 else 8) + (4 * matrix if self.bf16 else 0)
+        moments = self.tokens * config.num_latents * self.hidden / config.latent_chunk
+        backward = 4 * matrix + 4 * self.tokens * self.hidden
+        return int(max(logits, backward, (16 if self.bf16 else 12) * moments))
+
+    def head(self, chunked: bool) -> int:
+        """The head's gradients, if it has given them already, or its copy."""
+        vocab = self.config.vocab_size
+        saved = self.tokens * self.norm(1)
+        if chunked:
+            saved += 4 * self.tokens * self.hidden
+            if self.learns:  # and does not keep what it read
+                saved += 4 * self.hidden * vocab - self.tokens * self.size * self.hidden
+        elif self.bf16:
+            saved += 2 * self.hidden * vocab
+        return saved
+
+
+def _activations(saved: _Saved, checkpointing: bool, chunked: bool = True) -> tuple[int, int]:
+    """Bytes that autograd saves in one forward pass, logits aside, and those that the backward pass computes again.
+
+    chunked: the head's gradients are taken in the forward pass.
+    """
+    config, hidden, tokens = saved.config, saved.hidden, saved.tokens
+    layer, head = saved.layer(), saved.head(chunked)
+    reading = saved.reading() if config.reading_layers else 0
+    memory = saved.memory() if config.has_memory else 0
     if checkpointing:
         # A layer's input is kept, and the mask. One layer at a time is computed again, once the logits are gone, beside
         # the gradients of what enters and leaves it.
-        kept = config.num_hidden_layers * tokens * 4 * hidden + (tokens * length if masked else 0) + head
+        mask = tokens * saved.length if saved.masked else 0
+        kept = config.num_hidden_layers * tokens * 4 * hidden + mask + head + memory
         # The peak comes when head and MLP have let go of what they had for their own weights.
-        gone = tokens * (4 * hidden + size * inner) if chunked and learns else 0
-        return kept, layer + 2 * 4 * tokens * hidden - gone
-    saved = config.num_hidden_layers * plain + len(layers) * reading + head
-    if frozen:  # before the first cross-attention nothing depends on latents
-        saved -= min(layers, default=0) * plain
-        saved -= tokens * (self_part + norm(1)) + (copies + 2 * hidden * queries if bf16 else 0)
-    return saved, 0
+        gone = tokens * (4 * hidden + saved.size * config.intermediate_size) if chunked and saved.learns else 0
+        return kept, layer + reading + 2 * 4 * tokens * hidden - gone
+    total = config.num_hidden_layers * layer + len(config.reading_layers) * reading + head + memory
+    if not saved.learns:  # before the first cross-attention nothing depends on latents
+        total -= min(config.reading_layers, default=0) * layer
+        total -= tokens * (saved.norm(3) + saved.attention() + saved.norm(1))
+        total -= saved.copies + 2 * hidden * saved.queries if saved.bf16 else 0
+    return total, 0
 
 
 # ------------------------------------------------------------------ the plan
@@ -282,20 +321,12 @@ def plan(
         return training_memory(config, batch, length, **setting)
 
     if per_device_batch_size is None:
-        usable = USABLE_MEMORY * GPUS[gpu].memory
-        fitting = [2**i for i in range(share.bit_length()) if share % 2**i == 0 and memory(2**i).peak <= usable]
-        if not fitting:
-            raise ValueError(
-                f"One sequence needs {memory(1).peak / 2**30:.1f} GiB and a {gpu} has {usable / 2**30:.1f} GiB to use: "
-                "take gradient checkpointing, sharding or shorter sequences."
-            )
-        per_device_batch_size = max(fitting)
-    else:
-        _check_counts(per_device_batch_size=per_device_batch_size)
-        if share % per_device_batch_size:
-            raise ValueError(
-                f"per_device_batch_size ({per_device_batch_size}) must divide the {share} sequences of each GPU."
-            )
+        per_device_batch_size = _largest_fitting(share, memory, gpu)
+    _check_counts(per_device_batch_size=per_device_batch_size)
+    if share % per_device_batch_size:
+        raise ValueError(
+            f"per_device_batch_size ({per_device_batch_size}) must divide the {share} sequences of each GPU."
+        )
     num_steps = math.ceil(tokens / (global_batch_size * length))
     read = num_steps * global_batch_size * length
     flops = float(read * paper_training_flops(config, length))
@@ -309,6 +340,18 @@ def plan(
         flops=flops,
         library_flops=read * training_flops(config, length).training_step,
     )
+
+
+def _largest_fitting(share: int, memory, gpu: str) -> int:
+    """The largest power of two that divides a GPU's share of a batch and fits."""
+    usable = USABLE_MEMORY * GPUS[gpu].memory
+    fitting = [2**i for i in range(share.bit_length()) if share % 2**i == 0 and memory(2**i).peak <= usable]
+    if not fitting:
+        raise ValueError(
+            f"One sequence needs {memory(1).peak / 2**30:.1f} GiB and a {gpu} has {usable / 2**30:.1f} GiB to use: "
+            "take gradient checkpointing, sharding or shorter sequences."
+        )
+    return max(fitting)
 
 
 def _check_counts(**counts) -> None:
@@ -347,41 +390,29 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The planner's options; `--sequence-length` is the parser's own."""
-    group = parser.add_argument_group("planning a run")
-    group.add_argument("--plan", metavar="PRESET", choices=PRESETS, help=f"plan a run of {', '.join(PRESETS)}")
-    group.add_argument("--tokens", type=float, default=3e9, help="to train on; default 3e9")
-    group.add_argument("--gpus", type=int, default=1, help="of all nodes together; default 1")
-    group.add_argument("--gpu", choices=GPUS, default="h100", help="default h100")
-    group.add_argument("--num-inference-steps", type=int, help="fast steps of a training step; default: the preset's")
-    group.add_argument("--mfu", type=float, default=PAPER_MFU, help=f"by the paper's account; default {PAPER_MFU}")
-    group.add_argument("--global-batch-size", type=int, default=PAPER_BATCH, help="sequences a step; default 512")
-    group.add_argument("--per-device-batch-size", type=int, help="default: the largest power of two that fits")
-    group.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default bf16 (autocast)")
-    group.add_argument("--sharding", choices=SHARDINGS, default="ddp", help="default ddp")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers in the backward pass")
-
-
-def plan_from(args: Namespace) -> Plan:
-    """The plan that the options of `add_arguments` ask for."""
-    steps = args.num_inference_steps
-    return plan(
-        preset_config(args.plan, **({} if steps is None else {"num_inference_steps": steps})),
-        args.tokens,
-        num_gpus=args.gpus,
-        gpu=args.gpu,
-        mfu=args.mfu,
-        global_batch_size=args.global_batch_size,
-        per_device_batch_size=args.per_device_batch_size,
-        sequence_length=args.sequence_length,
-        precision=args.precision,
-        sharding=args.sharding,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )
+@cli.one_sentence()
+def main() -> None:
+    parser = cli.Parser(description="What a training run needs: batch per GPU, memory, days and FLOPs.")
+    add = parser.add_argument
+    add("--preset", required=True, choices=PRESETS, help=f"one of {', '.join(PRESETS)}")
+    add("--tokens", type=float, default=3e9, help="to train on; default 3e9")
+    add("--sequence-length", type=cli.positive_int, help="tokens; default: the preset's max_position_embeddings")
+    add("--gpus", type=int, default=1, help="of all nodes together; default 1")
+    add("--gpu", choices=GPUS, default="h100", help="default h100")
+    add("--num-inference-steps", type=int, help="fast steps of a training step; default: the preset's")
+    add("--mfu", type=float, default=PAPER_MFU, help=f"by the paper's account; default {PAPER_MFU}")
+    add("--global-batch-size", type=int, default=PAPER_BATCH, help="sequences a step; default 512")
+    add("--per-device-batch-size", type=int, help="default: the largest power of two that fits")
+    add("--precision", choices=PRECISIONS, default="bf16", help="default bf16 (autocast)")
+    add("--sharding", choices=SHARDINGS, default="ddp", help="default ddp")
+    add("--gradient-checkpointing", action="store_true", help="recompute layers in the backward pass")
+    args = vars(parser.parse_args())
+    preset, tokens, num_gpus, steps = (args.pop(name) for name in ("preset", "tokens", "gpus", "num_inference_steps"))
+    config = preset_config(preset, **({} if steps is None else {"num_inference_steps": steps}))
+    if steps is not None and not config.reading_layers:
+        raise ValueError(f"--num-inference-steps does nothing with {preset}, whose training has no fast loop.")
+    print(report(plan(config, tokens, num_gpus=num_gpus, **args)))
 
 
 if __name__ == "__main__":
-    from .flops import main
-
     main()
