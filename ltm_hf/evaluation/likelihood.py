@@ -21,9 +21,9 @@ from ..data.documents import check_prefix_length
 from ..data.numbers import check_at_least
 from ..data.packing import blocks_of
 from ..inference_ltm import infer_posterior
-from ..likelihood_ltm import elbo, negative_log_likelihood
-from ..losses_ltm import IGNORED
-from ..posterior_ltm import LatentPosterior, keyed_normal, sequence_keys
+from ..likelihood_ltm import Text, elbo, negative_log_likelihood
+from ..memory_ltm import prior_state, token_noise
+from ..posterior_ltm import LatentPosterior, keyed_normal
 from .figures import evaluating, markdown_rows, mean_and_error, ratio_and_error, with_error
 from .sampling import context_length
 
@@ -32,17 +32,28 @@ DESCRIPTIONS = {
     "iw": "importance-weighted bound by so many samples of the posterior; never above `bound` on average",
     "nll": "the bound's first part: NLL given latents fitted to the same text",
     "kl": "its second part: what those latents cost",
+    "prediction": "exact loss of a memory: each token by the mean of the posterior that those before it have left",
+    "prediction_sampled": "loss of the same by a fresh sample for each token; bounds that of their mixture",
     "no_latents": "exact loss without latents",
     "prior": "NLL given latents drawn from the prior: thoughts about nothing",
     "from_prompt": "exact loss of the scored tokens, latents from the prompt before them only",
     "reinfer": "exact loss of a predictor that infers its latents from all before, anew after every so many tokens",
     "prefix": "exact loss of what follows a prefix, latents from that prefix only; compare with an AR model's",
+    "prefix_prediction": "exact loss of the same tokens by a memory that goes on learning from each",
     "prefix_mixture": "exact loss of the same tokens by a mixture of so many samples of q(z | prefix)",
     "prefix_no_latents": "exact loss of the same tokens, without latents",
     "released": "log of the released protocol's perplexity: the fit's own noise, mean of exp over blocks; NOT a bound",
 }
 DEFAULT = ("bound", "nll", "kl", "no_latents", "prefix", "prefix_no_latents", "released")
+MEMORY = ("prediction", "prediction_sampled", "no_latents", "prefix", "prefix_prediction", "prefix_no_latents")
 EXACT = ("no_latents", "prefix_no_latents")  # the figures of a model without latents
+
+
+def default_figures(model) -> tuple[str, ...]:
+    """What is measured of a model unless somebody asks for more."""
+    if not getattr(model.config, "num_latents", 0):
+        return EXACT
+    return MEMORY if model.config.has_memory else DEFAULT
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ def evaluate_likelihood(
     num_particles: int = 1,
     seed: int = 0,
     progress: bool = True,
-    figures: Collection[str] = DEFAULT,
+    figures: Collection[str] | None = None,
     **inference,
 ) -> Likelihood:
     """Figures of `DESCRIPTIONS` on blocks of tokens; for a model without latents, or any causal LM, its exact losses.
@@ -159,7 +170,7 @@ def evaluate_likelihood(
         `document_blocks` and `prefix_blocks`, errors are over documents instead of blocks, bits per byte are known, and
         the prefix of each block is its own; else it is the first half.
     num_inference_steps: default the model's. num_particles: samples of z that the bound is averaged over.
-    figures: names, with the number of samples where there is one: "iw-64".
+    figures: names, with the number of samples where there is one: "iw-64"; default: `default_figures`.
     inference: other settings of `infer_posterior`, such as inference_method. By "langevin", bounds are infinite.
 
     Raises ValueError if there is no block or no token to score, for a row with padding or with labels of its own, an
@@ -178,20 +189,14 @@ def score_blocks(
     num_particles: int = 1,
     seed: int = 0,
     progress: bool = True,
-    figures: Collection[str] = DEFAULT,
+    figures: Collection[str] | None = None,
     **inference,
 ) -> "BlockScores":
     """What `evaluate_likelihood` pools, to be compared block by block; its arguments."""
     check_at_least(1, batch_size=batch_size, num_particles=num_particles)
-    single = set(DESCRIPTIONS) - {"iw", "reinfer", "prefix_mixture", "from_prompt"}
-    for name in figures:
-        if not re.fullmatch("|".join([*single, r"(iw|reinfer|prefix_mixture)-[1-9]\d*"]), name):
-            others = "prior, iw-K, reinfer-K and prefix_mixture-K"
-            raise ValueError(f"There is no figure {name!r}; there are {', '.join(DEFAULT)}, {others}.")
+    figures = _checked_figures(model, figures)
     if getattr(model.config, "num_latents", 0):
         InferenceSettings.of(model.config, num_inference_steps=num_inference_steps)
-    else:
-        figures = [name for name in EXACT if name in figures]
     rows = [blocks[index] for index in range(len(blocks))]
     _check_rows(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))  # little padding
@@ -205,6 +210,26 @@ def score_blocks(
             for name in figures:
                 scores[name][indices] = batch.score(name).double().cpu()
     return BlockScores(rows, scores)
+
+
+def _checked_figures(model, figures: Collection[str] | None) -> Collection[str]:
+    """Those of the model, of which one without latents has the exact ones alone."""
+    if figures is None:
+        return default_figures(model)
+    single = set(DESCRIPTIONS) - {"iw", "reinfer", "prefix_mixture", "from_prompt"}
+    for name in figures:
+        if not re.fullmatch("|".join([*single, r"(iw|reinfer|prefix_mixture)-[1-9]\d*"]), name):
+            known = ", ".join(dict.fromkeys((*DEFAULT, *MEMORY)))
+            raise ValueError(
+                f"There is no figure {name!r}; there are {known}, prior, iw-K, reinfer-K and prefix_mixture-K."
+            )
+    if not getattr(model.config, "num_latents", 0):
+        return [name for name in EXACT if name in figures]
+    others = {"released"} if model.config.has_memory else set(MEMORY) - set(DEFAULT)
+    for name in figures:
+        if name in others:
+            raise ValueError(f"{name!r} is no figure of a model with latent_reader={model.config.latent_reader!r}.")
+    return figures
 
 
 def _check_rows(rows: list[dict]) -> None:
@@ -257,9 +282,15 @@ def evaluate_documents(
     check_prefix_length(prefix_length, block_size)
     check_at_least(1, num_blocks=1 if num_blocks is None else num_blocks)
     check_at_least(0, num_samples=num_samples)
-    figures = [name for name in (*DEFAULT, "prior") if name != "released" and not name.startswith("prefix")]
-    figures += [f"iw-{num_samples}"] if num_samples else []
-    has_latents, notes = bool(getattr(model.config, "num_latents", 0)), []
+    names, notes = default_figures(model), []
+    after_prefix = [name for name in names if name.startswith("prefix")]
+    figures = [name for name in names if name != "released" and name not in after_prefix]
+    if "bound" in names:
+        figures += ["prior", *([f"iw-{num_samples}"] if num_samples else [])]
+    elif num_samples and getattr(model.config, "num_latents", 0):
+        raise ValueError(
+            "num_samples is of an importance-weighted bound: a memory's loss is exact."
+        )
 
     def figures_of(blocks, names):
         return evaluate_likelihood(model, chosen(blocks, num_blocks, seed), figures=names, seed=seed, **settings)
@@ -270,8 +301,8 @@ def evaluate_documents(
     if missing:
         notes.append(f"{missing} of {len(texts)} documents are too short to have anything after their prefix.")
     if len(following):
-        result |= figures_of(following, ("prefix", "prefix_no_latents"))
-    if has_latents:
+        result |= figures_of(following, after_prefix)
+    if "released" in names:
         joined = list(blocks_of(Dataset.from_dict({"text": list(texts)}), tokenizer, block_size))
         if joined:
             result |= figures_of(joined, ("released",))
@@ -350,11 +381,11 @@ class _Batch:
     def __init__(self, model, rows: list[dict], settings: dict, num_particles: int):
         self.model, self.settings, self.num_particles = model, settings, num_particles
         tensors = collate_blocks([{"input_ids": row["input_ids"]} for row in rows])
-        self.input_ids = tensors["input_ids"].to(model.device)
-        mask = tensors.get("attention_mask")
-        self.mask = mask if mask is None else mask.to(model.device)
+        self.text = Text.of(model, *(x.to(model.device) for x in tensors.values()))
         prefixes = torch.tensor([_first(row, "prefix") for row in rows], device=model.device)
-        self.is_prefix = torch.arange(self.input_ids.shape[1], device=model.device) < prefixes[:, None]
+        self.positions = torch.arange(self.text.input_ids.shape[1], device=model.device)
+        self.is_prefix = self.positions < prefixes[:, None]
+        self.after_prefix = self.text.scoring(self.positions + 1 >= prefixes[:, None])
 
     def score(self, name: str) -> torch.Tensor:
         """(B,) nats."""
@@ -363,16 +394,15 @@ class _Batch:
 
     @cached_property
     def posterior(self):
-        return infer_posterior(self.model, self.input_ids, self.mask, **self.settings)
+        return infer_posterior(self.model, self.text, **self.settings)
 
     @cached_property
     def estimate(self):
         options = {"num_particles": self.num_particles, "seed": self.settings["seed"]}
-        return elbo(self.model, self.input_ids, self.posterior, self.mask, **options)
+        return elbo(self.model, self.text, self.posterior, **options)
 
-    def nll_given(self, latents=None, after_prefix=False):
-        labels = self.input_ids.masked_fill(self.is_prefix, IGNORED) if after_prefix else None
-        return negative_log_likelihood(self.model, self.input_ids, latents, self.mask, labels)
+    def nll_given(self, latents=None, text=None):
+        return negative_log_likelihood(self.model, self.text if text is None else text, latents)
 
     def bound(self):
         return -self.estimate.elbo
@@ -391,45 +421,52 @@ class _Batch:
     def no_latents(self):
         return self.nll_given()
 
-    def prior(self):
-        shape = self.model.config.latent_shape
-        prior = LatentPosterior(*torch.zeros(2, len(self.keys), *shape, device=self.keys.device), keys=self.keys)
-        return self.nll_given(prior.scoring_sample(0, self.settings["seed"]))
+    def prediction(self, text=None, noise=None):
+        start = prior_state(self.model.config, len(self.text.input_ids), self.text.input_ids.device)
+        text = self.text if text is None else text
+        return negative_log_likelihood(self.model, text, latent_state=start, latent_noise=noise)
 
-    @cached_property
-    def keys(self):
-        return sequence_keys(self.input_ids, torch.ones_like(self.input_ids) if self.mask is None else self.mask)
+    def prediction_sampled(self):
+        ids, mask, width = self.text.input_ids, self.text.mask, self.model.config.hidden_size
+        return self.prediction(noise=token_noise(self.text.keys, ids.shape[1], mask, width, self.settings["seed"]))
+
+    def prior(self):
+        keys, shape = self.text.keys, self.model.config.latent_shape
+        prior = LatentPosterior(*torch.zeros(2, len(keys), *shape, device=keys.device), keys=keys)
+        return self.nll_given(prior.scoring_sample(0, self.settings["seed"]))
 
     @cached_property
     def of_prefix(self):
         width = int(self.is_prefix.sum(dim=1).max())
-        return infer_posterior(self.model, self.input_ids[:, :width], self.is_prefix[:, :width].long(), **self.settings)
+        prefix = Text.unchecked(self.text.input_ids[:, :width], self.is_prefix[:, :width].long())
+        return infer_posterior(self.model, prefix, **self.settings)
 
     def prefix(self):
-        return self.nll_given(self.of_prefix.mean, after_prefix=True)
+        return self.nll_given(self.of_prefix.mean, self.after_prefix)
+
+    def prefix_prediction(self):
+        return self.prediction(self.after_prefix)
 
     def reinfer(self, every):
         """As `generate(reinfer_every=K)` from the begin-of-text token reads this text; the first K tokens at z = 0."""
-        mask = torch.ones_like(self.input_ids) if self.mask is None else self.mask
-        positions, nats = torch.arange(self.input_ids.shape[1], device=mask.device), 0
-        for start in range(1, len(positions), every):
-            before, read = slice(start), slice(start + every)
-            posterior = infer_posterior(self.model, self.input_ids[:, before], mask[:, before], **self.settings)
-            labels = self.input_ids.masked_fill((positions < start) | (mask == 0), IGNORED)
-            nats += negative_log_likelihood(
-                self.model, self.input_ids[:, read], posterior.mean, mask[:, read], labels[:, read]
-            )
+        ids, nats = self.text.input_ids, 0
+        mask = torch.ones_like(ids) if self.text.mask is None else self.text.mask
+        for start in range(1, ids.shape[1], every):
+            before, stop = Text.unchecked(ids[:, :start], mask[:, :start]), start + every
+            posterior = infer_posterior(self.model, before, **self.settings)
+            chunk = Text.unchecked(ids[:, :stop], mask[:, :stop]).scoring(self.positions[:stop] + 1 >= start)
+            nats += self.nll_given(posterior.mean, chunk)
         return nats
 
     def prefix_mixture(self, num_samples):
         samples = (self.of_prefix.scoring_sample(number, self.settings["seed"]) for number in range(num_samples))
-        log_likelihoods = torch.stack([-self.nll_given(latents, after_prefix=True) for latents in samples])
+        log_likelihoods = torch.stack([-self.nll_given(latents, self.after_prefix) for latents in samples])
         return math.log(num_samples) - log_likelihoods.logsumexp(dim=0)
 
     def prefix_no_latents(self):
-        return self.nll_given(after_prefix=True)
+        return self.nll_given(text=self.after_prefix)
 
     def released(self):
-        noise = keyed_normal(self.keys, self.model.config.latent_shape, self.settings["seed"])
-        fitted = infer_posterior(self.model, self.input_ids, self.mask, epsilon=noise, **self.settings)
-        return -elbo(self.model, self.input_ids, fitted, self.mask, epsilon=noise).elbo
+        noise = keyed_normal(self.text.keys, self.model.config.latent_shape, self.settings["seed"])
+        fitted = infer_posterior(self.model, self.text, epsilon=noise, **self.settings)
+        return -elbo(self.model, self.text, fitted, epsilon=noise).elbo

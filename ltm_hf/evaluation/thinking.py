@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.numbers import check_at_least
 from ..costs.flops import training_flops
+from ..data.numbers import check_at_least
 from .figures import markdown_rows, with_error
 from .likelihood import score_blocks
 

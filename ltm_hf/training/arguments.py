@@ -19,7 +19,7 @@ from .texts import INFER_FROM
 SLOW_OPTIMIZERS = ("adamw", "muon")
 
 LOWER_IS_BETTER = (
-    "loss", "perplexity_bound", "nll", "no_latents", "from_prompt", "prediction_sampled", "second_half",
+    "loss", "perplexity", "perplexity_bound", "nll", "no_latents", "from_prompt", "prediction_sampled", "second_half",
 )  # fmt: skip
 SECRETS = ("_token", "_key", "password", "secret")  # ends of names
 TOKENS = ("eos_token", "pad_token", "bos_token", "unk_token")  # which are none

@@ -67,11 +67,11 @@ class EvaluationMixin:
         nll, kl, plain = (mean(sums[name], sums["tokens"]) for name in ("nll", "kl", "plain"))
         bound = nll + kl * objective.pays_kl
         figures = {"loss": bound}
-        if objective.tells_perplexity:
-            figures["perplexity_bound"] = perplexity(bound)
+        if objective.perplexity:
+            figures[objective.perplexity] = perplexity(bound)
         if not self.model.config.num_latents:
             return figures
-        figures |= {"nll": nll, "no_latents": plain, "gain": plain - nll}
+        figures |= {"no_latents": plain, "gain": plain - nll}
         if objective.has_kl:
             figures |= {"kl": kl, **fit_figures(fit_sums)}
         if fit_sums["non_finite_rows"]:

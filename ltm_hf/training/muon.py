@@ -10,7 +10,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Muon computes in bfloat16, which amplifies rounding: gradients that differ by a millionth, as those of two ways to
     shard a model do, give updates that differ by some percent.
 
-    model: its hidden matrices are for Muon; embeddings, head, norms, gates and biases for AdamW.
+    model: its hidden matrices are for Muon; embeddings, head, norms, gates, biases and addresses for AdamW.
     learning_rate: of AdamW. muon_learning_rate: of Muon, whose updates are scaled to the size (RMS) of AdamW's, so that
         one weight decay can serve both (Liu et al. 2025).
     weight_decay: on matrices only. adamw: other arguments of AdamW.
@@ -25,7 +25,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         matrices, decayed, others = [], [], []
         for parameter in model.parameters():
             if parameter.requires_grad:
-                kind = others if parameter.ndim < 2 else decayed if id(parameter) in embeddings else matrices
+                kind = others if parameter.ndim != 2 else decayed if id(parameter) in embeddings else matrices
                 kind.append(parameter)
         # What is logged is the learning rate of the first group.
         self._adamw = torch.optim.AdamW(

@@ -61,7 +61,7 @@ class Objective:
 
     has_kl: bool = False
     pays_kl: bool = False
-    tells_perplexity: bool = True  # whether exp(loss + KL) bounds a perplexity
+    perplexity: str | None = "perplexity"  # what exp(loss + KL) is; None: of a loss that bounds nothing
     ALSO: ClassVar[dict[str, str]] = {}  # other sums of `evaluate`, by name, and the sum that each is divided by
     figures: dict[str, str]  # of a card, by name, and what evaluation calls them
 
@@ -125,14 +125,15 @@ class MaximumLikelihood(Objective):
 class Elbo(Objective):
     """The bound NLL + KL at a sample of the posterior that inference fits (Algorithm 1)."""
 
-    ALSO = {"from_prompt": "prompt_tokens"}
+    ALSO = {"nll": "tokens", "from_prompt": "prompt_tokens"}
     description = "the ELBO, at a sample of the posterior fitted to the text (Algorithm 1)"
     loss_is = "loss given latents; with the KL, a bound"
 
     def __init__(self, config, args):
         super().__init__(config, args)
         self.method = method_of(InferenceSettings.of(config))
-        self.has_kl = self.tells_perplexity = self.method.has_variance
+        self.has_kl = self.method.has_variance
+        self.perplexity = "perplexity_bound" if self.has_kl else None
         self.pays_kl = self.has_kl and args.infer_from != "prompt"
         self.figures = {"from_prompt": "from_prompt", "no_latents": "no_latents"}
         if not self.has_kl:

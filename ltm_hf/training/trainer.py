@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..data import collate_blocks
 from ..costs.flops import training_flops
+from ..data import collate_blocks
 from ..inference_ltm import frozen
 from ..likelihood_ltm import Text, negative_log_likelihood
 from .arguments import DualRateArguments
@@ -208,9 +208,9 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
         return Text.of(self.model, *(inputs.get(name) for name in ("input_ids", "attention_mask", "labels")))
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """Weight decay on matrices only: neither on norms nor on gates."""
+        """Weight decay on matrices only: neither on norms, gates nor addresses."""
         shapes = ((name, getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters())  # ZeRO-3 flattens
-        return [name for name, shape in shapes if len(shape) >= 2]
+        return [name for name, shape in shapes if len(shape) == 2]
 
     def create_optimizer(self, model=None):
         if self.optimizer is None and self.args.slow_optimizer == "muon":
@@ -246,15 +246,15 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
         bound = loss + kl * objective.pays_kl
         if self.model.config.num_latents:
             figures |= {"kl": kl} if objective.has_kl else {}
-            figures |= {"bound": bound} if objective.tells_perplexity else {}
+            figures |= {"bound": bound} if objective.has_kl else {}
             figures["gain"] = self._gain()
             figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
             if sums["non_finite_rows"]:
                 figures["non_finite_rows"] = sums["non_finite_rows"]
         if self._peak_flops:
             figures["mfu"] = sums["flops"] / seconds / (self._peak_flops * self.args.world_size)
-        if objective.tells_perplexity:
-            figures["perplexity_bound"] = perplexity(bound)
+        if objective.perplexity:
+            figures[objective.perplexity] = perplexity(bound)
         self._sums.clear()
         return figures
 
