@@ -74,15 +74,16 @@ class DualRateArguments:
             "choices": (*OBJECTIVES, None),
         },
     )
-    infer_from: str = field(
-        default="labels",
+    infer_from: str | None = field(
+        default=None,
         metadata={
-            "help": "What the latents are fitted to. 'labels': the tokens that the loss scores, given those before "
+            "help": "What the latents are fitted to, or a memory learns from. 'labels': the tokens that the loss scores, given those before "
             "them; loss + kl bounds -log p(completion | prompt) with z from the prior. 'text': the prompt as well, as "
             "if it were scored; loss + kl bounds the same less tightly, since the kl pays for both. 'prompt': what "
             "comes before the first scored token, which is all that generate() sees; no kl is paid, and the loss is "
-            "that of a predictor, on average no lower than that of its mixture over q(z | prompt).",
-            "choices": INFER_FROM,
+            "that of a predictor, on average no lower than that of its mixture over q(z | prompt). Default: 'text' for "
+            "a memory, else 'labels'.",
+            "choices": (*INFER_FROM, None),
         },
     )
     gather_during_inference: str = field(
@@ -120,7 +121,7 @@ class DualRateArguments:
         check_numbers(self)
         named = {
             "objective": (*OBJECTIVES, None),
-            "infer_from": INFER_FROM,
+            "infer_from": (*INFER_FROM, None),
             "gather_during_inference": GATHER_DURING_INFERENCE,
             "slow_optimizer": SLOW_OPTIMIZERS,
         }

@@ -49,6 +49,22 @@ class EvaluationMixin:
     def _logits(decoder, text: Text, given: dict) -> torch.Tensor:
         return decoder(input_ids=text.input_ids, attention_mask=text.mask, use_cache=False, **given).logits
 
+    def log(self, logs, start_time=None):
+        """As `Trainer`'s. Trackers take numbers: of a trace they get steps 0, 1, 2, 4, … and the last, NAME/STEP."""
+        traces = {name: logs.pop(name) for name in list(logs) if name.endswith("elbo_trace")}
+        points = {
+            f"{name}/{step}": value
+            for name, trace in traces.items()
+            for step, value in enumerate(trace)
+            if step & (step - 1) == 0 or step == len(trace) - 1
+        }
+        logs.update(points)
+        super().log(logs, start_time)
+        for entry in (logs, self.state.log_history[-1]):
+            for name in points:
+                del entry[name]
+            entry.update(traces)
+
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._eval_sums.clear()
         self._fit_sums.clear()

@@ -12,8 +12,7 @@ FINGERPRINT = "fingerprint.json"
 ROWS = 1024  # of the training data that are looked at, evenly spread
 COLUMNS = ("input_ids", "labels", "attention_mask")
 ARGUMENTS = (
-    "seed", "data_seed", "train_sampling_strategy", "optim", "optim_args", "slow_optimizer", "objective",
-    "infer_from",
+    "seed", "data_seed", "train_sampling_strategy", "optim", "optim_args", "slow_optimizer",
 )  # fmt: skip
 DIGESTS = ("tokenizer", "train_dataset")
 INCIDENTAL = (  # in a configuration: where it is from, how it is stored and run
@@ -37,6 +36,7 @@ def fingerprint(trainer) -> dict:
     """
     args, model = trainer.args, trainer.model
     found = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in ARGUMENTS}
+    found |= {"objective": type(trainer.objective).__name__, "infer_from": trainer.objective.infer_from}
     if found["data_seed"] is None:
         found["data_seed"] = args.seed
     if trainer.is_deepspeed_enabled or args.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy"):

@@ -45,15 +45,17 @@ class Scores:
 class Objective:
     """What a slow step learns from, for one run: a model's configuration and training arguments.
 
-    description: a line, for logs and cards. loss_is: what its logged loss is, in words.
+    description: a line, for logs and cards.
     has_kl: whether inference gives a KL. pays_kl: whether the loss's bound includes it.
     """
 
     description: ClassVar[str]
-    loss_is: ClassVar[str]
+
+    infers_from: ClassVar[str] = "labels"  # unless `infer_from` is given
 
     def __init__(self, config, args):
         self.config, self.args = config, args
+        self.infer_from = args.infer_from or self.infers_from
 
     @classmethod
     def check(cls, config, args) -> None:
@@ -112,7 +114,6 @@ class MaximumLikelihood(Objective):
     """Of a decoder without latents, the autoregressive twin."""
 
     description = "the likelihood"
-    loss_is = "exact loss"
     figures = {"no_latents": "loss"}
 
     def step(self, decoder, text, seed, now):
@@ -127,14 +128,13 @@ class Elbo(Objective):
 
     ALSO = {"nll": "tokens", "from_prompt": "prompt_tokens"}
     description = "the ELBO, at a sample of the posterior fitted to the text (Algorithm 1)"
-    loss_is = "loss given latents; with the KL, a bound"
 
     def __init__(self, config, args):
         super().__init__(config, args)
         self.method = method_of(InferenceSettings.of(config))
         self.has_kl = self.method.has_variance
         self.perplexity = "perplexity_bound" if self.has_kl else None
-        self.pays_kl = self.has_kl and args.infer_from != "prompt"
+        self.pays_kl = self.has_kl and self.infer_from != "prompt"
         self.figures = {"from_prompt": "from_prompt", "no_latents": "no_latents"}
         if not self.has_kl:
             self.figures |= {"nll": "nll"}  # which bounds nothing
@@ -165,7 +165,7 @@ class Elbo(Objective):
                 raise ValueError(f"{option} is of inference by steps, of which {name} takes none.")
 
     def step(self, decoder, text, seed, now):
-        evidence = evidence_of(text, self.args.infer_from)
+        evidence = evidence_of(text, self.infer_from)
         if not self.method.takes_steps:
             posterior = amortized_posterior(decoder, evidence)
             kl, weight = posterior.kl_divergence(), self._kl_weight(now) * self.pays_kl
@@ -202,20 +202,20 @@ class Elbo(Objective):
         return min(1.0, now.step / steps) if steps else 1.0
 
     def evaluate(self, decoder, text, seed, first, any_prompt):
-        args, evidence = self.args, evidence_of(text, self.args.infer_from)
+        args, evidence = self.args, evidence_of(text, self.infer_from)
         fit = dict(num_inference_steps=args.num_inference_steps, seed=seed)
         posterior = read = infer_posterior(decoder, evidence, **fit)
         estimate = elbo(decoder, text, posterior, seed=seed)
         rows, sums = {"nll": estimate.nll}, {"non_finite_rows": posterior.num_non_finite}
         if self.has_kl:
             rows["kl"] = estimate.kl
-            final = estimate.elbo if args.infer_from == "labels" else None  # of what the steps saw
+            final = estimate.elbo if self.infer_from == "labels" else None  # of what the steps saw
             sums |= trace_sums(posterior, evidence, args.inference_steps(self.config)[1], final)
             if first:
                 sums |= variance_sums(decoder, posterior, evidence, seed)
         if any_prompt:
             have = have_prompts(text)
-            if args.infer_from != "prompt":
+            if self.infer_from != "prompt":
                 posterior = infer_posterior(decoder, prompts_of(text), **fit)
             from_prompt = negative_log_likelihood(decoder, text, posterior.mean)
             rows |= {"from_prompt": from_prompt * have, "prompt_tokens": text.num_tokens * have}
@@ -259,7 +259,7 @@ class Prediction(Objective):
     }
     figures = {"prediction": "loss", "prediction_sampled": "prediction_sampled", "no_latents": "no_latents"}
     description = "each token predicted from a sample of the posterior given the tokens before it"
-    loss_is = "loss of a predictor, with the noise of its thoughts; evaluation's is exact, by their mean"
+    infers_from = "text"
 
     @classmethod
     def check(cls, config, args):
@@ -284,7 +284,7 @@ class Prediction(Objective):
 
     def _start(self, text: Text) -> dict:
         state = prior_state(self.config, len(text.input_ids), text.input_ids.device)
-        return {"latent_state": state, "latent_writes": written(text, self.args.infer_from)}
+        return {"latent_state": state, "latent_writes": written(text, self.infer_from)}
 
     def evaluate(self, decoder, text, seed, first, any_prompt):
         given, half = self._start(text), second_half(text)

