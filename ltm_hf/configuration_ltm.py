@@ -24,6 +24,7 @@ READERS = {  # and what each is, for cards
 _FOLLOWS = {
     "head_dim": {"hidden_size", "num_attention_heads"},
     "num_key_value_heads": {"num_attention_heads"},
+    "latent_chunk": {"sliding_window"},
     "latent_position_stride": {"num_latents"},
     "inference_kl_weight": {"latent_reader"},
 }
@@ -126,6 +127,7 @@ class LTMConfig(PreTrainedConfig):
             as published.
       Of "memory" alone:
         latent_chunk: tokens that read the same posterior, before what they add to it is in it; at most the window.
+            Default: 8, or the window where it is shorter.
       Of "paper" alone:
         latent_layers: the layers that read, counted from 0, or from -1 back; `None` is all, as published. Those before
             the first are computed once for all steps of inference.
@@ -201,7 +203,7 @@ class LTMConfig(PreTrainedConfig):
     num_latents: int = 64
     latent_reader: str = "memory"
     latent_gate_init: float | int | None = 0.2
-    latent_chunk: int = 8
+    latent_chunk: int | None = None
     latent_layers: list[int] | None = None
     latent_position_stride: int | None = None
 
@@ -337,6 +339,7 @@ class LTMConfig(PreTrainedConfig):
     def _derived(self) -> dict[str, int]:
         """What fields are that nobody sets."""
         derived = {"num_key_value_heads": self.num_attention_heads}
+        derived["latent_chunk"] = min(8, self.sliding_window or 8)
         derived["inference_kl_weight"] = 0.01 if self.latent_reader == "memory" else 1.0
         if self.hidden_size % self.num_attention_heads == 0:
             derived["head_dim"] = self.hidden_size // self.num_attention_heads

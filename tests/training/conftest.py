@@ -4,10 +4,44 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
+from ltm_hf import LTMConfig, LTMForCausalLM
 from ltm_hf.training import LTMTrainingArguments
 
 SCRIPT = Path(__file__).with_name("run_to_kill.py")
+
+
+READERS = {"paper": dict(latent_reader="paper", num_inference_steps=2, num_latents=4), "memory": dict(latent_chunk=2)}
+
+
+@pytest.fixture(scope="session")
+def make_model():
+    """A tiny model in eval mode, of the paper's reader unless told otherwise; the same at each call.
+
+    Weights, gate and reads are larger than a real model starts with, so that latents and distant tokens matter.
+    """
+
+    def make(reader="paper", **overrides):
+        settings = dict(
+            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, sliding_window=4, latent_gate_init=0.5,
+            initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LTMForCausalLM(LTMConfig(**settings | READERS[reader] | overrides)).eval()
+        if model.config.has_memory:
+            torch.nn.init.zeros_(model.model.reader.scales.log_read)
+        return model
+
+    return make
+
+
+@pytest.fixture(params=READERS)
+def reader(request):
+    """Both, one after the other."""
+    return request.param
 
 
 @pytest.fixture

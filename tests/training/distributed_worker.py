@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset
 
-import ltm_hf.training.trainer
+import ltm_hf.training.objectives
 from ltm_hf import LTMConfig, LTMForCausalLM, infer_posterior
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, sharding
 
 MODE, FOLDER = sys.argv[1], Path(sys.argv[2])
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-launching = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "examples" / "benchmarks" / "launch.py")))
+launching = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("launching.py"))))
 launching.shard_on_cpu(MODE)
 
 FIGURES = ("loss", "kl", "bound", "gain", "grad_norm")
@@ -37,16 +37,23 @@ def make_rows(count, seed=0):
     return Dataset.from_dict(rows)
 
 
+PAPER = dict(latent_reader="paper", num_latents=4, num_inference_steps=3)
+MEMORY = dict(num_latents=8, latent_chunk=3)
+
+
 def make_model(**overrides):
-    """Weights and gate are larger than a real model starts with, so that latents and distant tokens matter."""
+    """Weights, gate and reads are larger than a real model starts with, so that latents and distant tokens matter."""
     torch.manual_seed(0)
     settings = dict(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, sliding_window=4, num_latents=4,
-        num_inference_steps=3, cross_attention_gate_init=0.5, initializer_range=0.3,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=4,
+        latent_gate_init=0.5, initializer_range=0.3,
         pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    return LTMForCausalLM(LTMConfig(**settings | overrides))
+    model = LTMForCausalLM(LTMConfig(**settings | (overrides or PAPER)))
+    if model.config.has_memory:
+        torch.nn.init.zeros_(model.model.reader.scales.log_read)
+    return model
 
 
 def make_trainer(name, model=None, rows=None, trainer_class=LTMTrainer, **arguments):
@@ -83,9 +90,9 @@ def logs(trainer):
 
 
 def evaluations(trainer):
-    names = ("loss", "nll", "kl", "no_latents", "gain", "from_prompt")
+    names = ("loss", "nll", "kl", "no_latents", "gain", "from_prompt", "prediction_sampled", "second_half")
     entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    return {name: [entry[f"eval_{name}"] for entry in entries] for name in names}
+    return {name: [entry[f"eval_{name}"] for entry in entries] for name in names if f"eval_{name}" in entries[0]}
 
 
 def train(name, resume=None, **arguments):
@@ -106,9 +113,9 @@ def everywhere(found):
 # ---------------------------------------------------------------- cases
 
 
-def final():
+def final(name="final", **overrides):
     """With two evaluations on 7 rows, of which processes get unequal shares, and a saved model."""
-    trainer = train("final", eval_strategy="steps", eval_steps=2)
+    trainer = train(name, model=make_model(**overrides), eval_strategy="steps", eval_steps=2)
     trainer.save_model()
     return logs(trainer) | {"evaluations": evaluations(trainer), "generated": generated(trainer.model)}
 
@@ -125,7 +132,7 @@ def generated(model):
 
 def resumed():
     """How far 2 + 2 steps are from 4: exactly nothing."""
-    settings = dict(save_strategy="steps", save_steps=2, slow_gradient="trajectory")
+    settings = dict(save_strategy="steps", save_steps=2, objective="elbo_trajectory")
     whole = logs(train("whole", **settings))
     continued = logs(train("resumed", resume=str(FOLDER / MODE / "whole" / "checkpoint-2"), **settings))
     return {name: max(abs(x - y) for x, y in zip(whole[name], continued[name], strict=True)) for name in FIGURES}
@@ -136,14 +143,14 @@ class Counted(LTMTrainer):
 
     def _think(self, decoder, inputs):
         thoughts = super()._think(decoder, inputs)
-        vars(self).setdefault("passes", []).append(len(thoughts))
+        vars(self).setdefault("passes", []).append(len(thoughts.passes))
         return thoughts
 
 
 def tolerance():
     """A fast loop that stops early does so at one step on all processes, else the slow steps would not meet."""
-    model = make_model(num_inference_steps=24, inference_tolerance=0.02)
-    trainer = train("tolerance", model=model, trainer_class=Counted, slow_gradient="trajectory")
+    model = make_model(**PAPER | dict(num_inference_steps=24, inference_tolerance=0.02))
+    trainer = train("tolerance", model=model, trainer_class=Counted, objective="elbo_trajectory")
     return logs(trainer) | {"passes": everywhere(trainer.passes)}
 
 
@@ -182,7 +189,7 @@ class Typed(LTMTrainer):
 
     def _think(self, decoder, inputs):
         thoughts = super()._think(decoder, inputs)
-        self.dtypes |= {str(latents.dtype) for latents in thoughts}
+        self.dtypes |= {str(given["latents"].dtype) for given in thoughts.passes}
         return thoughts
 
     def compute_loss(self, *args, **kwargs):
@@ -197,7 +204,9 @@ def bf16():
     reduced_in = str(plugin.mixed_precision_policy.reduce_dtype) if plugin else None
     whole_batches = dict(per_device_train_batch_size=16 // WORLD_SIZE, gradient_accumulation_steps=1)
     never = train("bf16-never", bf16=True, gather_during_inference="never", **whole_batches)
-    return logs(trainer) | {"dtypes": sorted(trainer.dtypes), "reduced_in": reduced_in, "never": logs(never)}
+    memory = train("bf16-memory", model=make_model(**MEMORY), bf16=True, gradient_checkpointing=True)
+    dtypes = {"dtypes": sorted(trainer.dtypes), "reduced_in": reduced_in}
+    return logs(trainer) | dtypes | {"never": logs(never), "memory": logs(memory)}
 
 
 def settings(decoder):
@@ -225,13 +234,13 @@ class Interrupted(LTMTrainer):
             return infer_posterior(*args, callback=fail, **kwargs)
 
         before, sums = settings(decoder), dict(self._sums)
-        ltm_hf.training.trainer.infer_posterior = failing
+        ltm_hf.training.objectives.infer_posterior = failing
         try:
             super()._think(decoder, inputs)
         except self.Error:
             self.errors = getattr(self, "errors", 0) + 1
         finally:
-            ltm_hf.training.trainer.infer_posterior = infer_posterior
+            ltm_hf.training.objectives.infer_posterior = infer_posterior
             self._sums.clear()
             self._sums.update(sums)
         self.same = getattr(self, "same", True) and settings(decoder) == before
@@ -251,31 +260,8 @@ def amortized():
     """An encoder, which runs outside of the forward that DDP wraps; where weights are sharded it is refused."""
     if MODE not in ("single", "ddp"):
         return None
-    model = make_model(inference_method="amortized")
+    model = make_model(**PAPER, inference_method="amortized")
     return logs(train("amortized", model=model, kl_annealing_steps=2, learning_rate=1e-2))
-
-
-def unrolled():
-    """Gradients through inference, likewise; of one small step, since what rounding does to more of them grows."""
-    if MODE not in ("single", "ddp"):
-        return None
-    model = make_model(latent_embedding_std=1.0, num_inference_steps=1, inference_learning_rate=0.05)
-    return logs(train("unrolled", model=model, slow_gradient="unrolled", inference_start_ratio=0.3))
-
-
-def online():
-    if MODE not in ("single", "ddp"):
-        return None
-    model = make_model(
-        num_key_value_heads=None,
-        cross_attention_layers=[-1],
-        cross_attention_keys="embeddings",
-        cross_attention_rotary=False,
-        cross_attention_value_projection=False,
-        latent_embedding_std=1.0,
-        inference_learning_rate=0.5,
-    )
-    return logs(train("online", model=model, slow_gradient="online", inference_start_ratio=0.3))
 
 
 class CountsGathers(LTMTrainer):
@@ -303,7 +289,8 @@ def gathers():
 
 CASES = {
     "final": final,
-    "trajectory": lambda: logs(train("trajectory", slow_gradient="trajectory")),
+    "memory": lambda: final("memory", **MEMORY),
+    "trajectory": lambda: logs(train("trajectory", objective="elbo_trajectory")),
     "never": lambda: logs(train("never", gather_during_inference="never")),
     "resumed": resumed,
     "tolerance": tolerance,
@@ -313,8 +300,6 @@ CASES = {
     "bf16": bf16,
     "interrupted": interrupted,
     "amortized": amortized,
-    "unrolled": unrolled,
-    "online": online,
     "gathers": gathers,
 }
 

@@ -22,7 +22,7 @@ import ltm_hf
 from ltm_hf import PRESETS, LTMForCausalLM, preset_config
 from ltm_hf.data import train_tokenizer
 from ltm_hf.evaluation import Likelihood
-from ltm_hf.flops import paper_training_flops, training_flops
+from ltm_hf.costs.flops import paper_training_flops, training_flops
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, add_to_model_index, write_model_card
 
 HubStub = runpy.run_path(str(Path(__file__).parents[1] / "hub_stub.py"))["HubStub"]
@@ -137,7 +137,7 @@ def test_architecture_inference_and_training(tmp_path, arguments):
     _, inference = section(card, "Inference")
     assert inference == {
         "`num_inference_steps`": "16",
-        "`inference_optimizer`": "adamw",
+        "`inference_method`": "adamw",
         "`inference_learning_rate`": "0.3",
         "`inference_lr_schedule`": "constant",
         "`inference_weight_decay`": "0.01",
@@ -153,14 +153,14 @@ def test_architecture_inference_and_training(tmp_path, arguments):
     assert "not recorded" not in card.text
 
 
-@pytest.mark.parametrize("slow_gradient", ["final", "trajectory"])
-def test_cost_is_that_of_the_run(tmp_path, arguments, slow_gradient):
+@pytest.mark.parametrize("objective", ["elbo", "elbo_trajectory"])
+def test_cost_is_that_of_the_run(tmp_path, arguments, objective):
     """The run's number of steps, not the configuration's; a decoder that learns from each of them pays for each."""
     arguments.num_inference_steps, arguments.slow_gradient = 7, slow_gradient
     _, cost = section(full_card(tmp_path, arguments), "Cost")
     config = preset_config("ltm-small", num_inference_steps=7)
     flops = training_flops(config, 512)
-    passes = 1 if slow_gradient == "final" else 8
+    passes = 1 if objective == "elbo" else 8
     step = 7 * flops.fast_step + passes * flops.slow_step
     assert cost["forward"] == f"{flops.forward / 1e6:.2f} M"
     assert cost[f"training step: 7 of inference, {passes} of learning"] == f"{step / 1e9:.2f} G"
@@ -302,7 +302,7 @@ def test_the_snippet_loads_the_checkpoint(tmp_path, make_model, num_latents, cap
 
 def test_step_size_is_what_the_trainer_does(tmp_path, make_model):
     """The default end of the step size is the trainer's, told by the card."""
-    for model in (make_model(inference_optimizer="adamw", inference_learning_rate=0.3), make_model()):
+    for model in (make_model(inference_method="adamw", inference_learning_rate=0.3), make_model()):
         arguments = LTMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=11)
         trainer = LTMTrainer(model, arguments)
         trainer.state.max_steps = 11

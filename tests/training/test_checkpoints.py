@@ -126,7 +126,7 @@ KINDS = {
     "rows": (lambda: None, {}),
     "epochs": (lambda: None, {"max_steps": -1, "num_train_epochs": 3}),
     "accumulated": (lambda: None, {"gradient_accumulation_steps": 2}),
-    "trajectory": (lambda: None, {"slow_gradient": "trajectory"}),
+    "trajectory": (lambda: None, {"objective": "elbo_trajectory"}),
     "stream": (stream, {}),
     "stream read by workers": (stream, {"dataloader_num_workers": 2}),
     "stream shuffled in a buffer": (lambda: stream(4), {}),

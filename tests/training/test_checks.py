@@ -71,7 +71,7 @@ def test_arguments_are_refused_by_name(make_arguments, arguments, message):
         (dict(slow_gradient="unrolled", neftune_noise_alpha=5.0), "neftune_noise_alpha does not go with"),
         (dict(slow_gradient="unrolled", given=dict(compute_loss_func=print)), "compute_loss_func does not go with"),
         (dict(config=dict(inference_method="amortized"), num_inference_steps=2), "num_inference_steps is of inference"),
-        (dict(config=dict(inference_method="amortized"), slow_gradient="trajectory"), "'trajectory' is of inference"),
+        (dict(config=dict(inference_method="amortized"), objective="elbo_trajectory"), "'trajectory' is of inference"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(make_trainer, settings, message):

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from ltm_hf import infer_posterior
-from ltm_hf.posterior_ltm import negative_log_likelihood
+from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
 from ltm_hf.training import LTMTrainer
 
 
@@ -54,9 +54,9 @@ ONE_LAYER = dict(
 )  # fmt: skip
 EXACT = {  # where eval_loss is that of the logits
     "no latents": (dict(num_latents=0), {}),
-    "unrolled": (dict(inference_optimizer="map", latent_embedding_std=1.0), dict(slow_gradient="unrolled")),
+    "unrolled": (dict(inference_method="map", latent_embedding_std=1.0), dict(slow_gradient="unrolled")),
     "online": (ONE_LAYER, dict(slow_gradient="online")),
-    "prompt": (dict(inference_optimizer="map"), dict(infer_from="prompt")),
+    "prompt": (dict(inference_method="map"), dict(infer_from="prompt")),
 }
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ltm_hf import LTMForCausalLM, infer_posterior
 from ltm_hf.data import prompt_inputs, set_chat_template, train_tokenizer
-from ltm_hf.posterior_ltm import negative_log_likelihood
+from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
 from ltm_hf.training import LTMTrainer
 
 peft = pytest.importorskip("peft")
@@ -97,7 +97,7 @@ def test_an_adapter_brings_the_cross_attention_of_a_new_decoder(make_arguments, 
     torch.manual_seed(0)
     sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     upcycled = LTMForCausalLM.from_pretrained_backbone(
-        LlamaForCausalLM(LlamaConfig(**sizes)), num_latents=4, cross_attention_gate_init=gate
+        LlamaForCausalLM(LlamaConfig(**sizes)), num_latents=4, latent_gate_init=gate
     )
     upcycled.save_pretrained(tmp_path / "base")
     base = LTMForCausalLM.from_pretrained(tmp_path / "base")
@@ -176,7 +176,7 @@ def test_a_step_against_the_definition(make_trainer, tokenizer, infer_from):
         labels[:, : prompt.shape[1]] = -100
         evidence = {"labels": (ids, None, labels), "text": (ids,), "prompt": (prompt,)}[infer_from]
         posterior = infer_posterior(model, *evidence, seed=seed)
-        loss = loss + negative_log_likelihood(model, ids, posterior.sample(seed), labels=labels).sum()
+        loss = loss + negative_log_likelihood(model, Text.of(model, ids, labels=labels), posterior.sample(seed)).sum()
         kl, total = kl + posterior.kl_divergence().sum().item(), total + ids.shape[1] - prompt.shape[1]
     (loss / total).backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -225,11 +225,11 @@ def test_the_card_calls_only_a_bound_a_bound(make_trainer, tmp_path, infer_from,
     assert ("| bound" in card) == ("perplexity at most" in card) == bounds
 
 
-@pytest.mark.parametrize("slow_gradient", ["final", "trajectory"])
-def test_fine_tuning_an_adapter_lowers_the_bound(make_trainer, make_model, tokenizer, tmp_path, slow_gradient):
+@pytest.mark.parametrize("objective", ["elbo", "elbo_trajectory"])
+def test_fine_tuning_an_adapter_lowers_the_bound(make_trainer, make_model, tokenizer, tmp_path, objective):
     """With what TRL does by default (checkpointing, its own metrics), to an adapter that answers in a clean model."""
     adapter = lora("all-linear", lora_dropout=0.1)
-    trainer = make_trainer(peft_config=adapter, max_steps=8, learning_rate=3e-2, slow_gradient=slow_gradient)
+    trainer = make_trainer(peft_config=adapter, max_steps=8, learning_rate=3e-2, objective=objective)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before - 0.5
@@ -298,7 +298,7 @@ def test_a_set_without_rows_is_refused_when_the_trainer_is_made(make_trainer):
 def test_predictions_are_the_scored_ones(make_trainer):
     """Past TRL's own way to the loss."""
     trainer = make_trainer(infer_from="prompt", per_device_eval_batch_size=5)
-    trainer.model.config.inference_optimizer = "map"
+    trainer.model.config.inference_method = "map"
     found = trainer.predict(trainer.eval_dataset)
     logits, labels = torch.tensor(found.predictions)[:, :-1], torch.tensor(found.label_ids)[:, 1:]
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)

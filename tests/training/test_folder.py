@@ -243,7 +243,7 @@ def checkpoint(saved, make_trainer):
         (dict(model=dict(sliding_window=8)), r"configuration.sliding_window \(4, now 8\)"),
         (dict(arguments=dict(seed=7)), r"data_seed \(42, now 7\), seed \(42, now 7\)"),
         (dict(arguments=dict(optim="sgd")), r"optim \(adamw_torch.*, now sgd\)"),
-        (dict(arguments=dict(slow_gradient="trajectory")), r"slow_gradient \(final, now trajectory\)"),
+        (dict(arguments=dict(objective="elbo_trajectory")), r"slow_gradient \(final, now trajectory\)"),
     ],
 )
 def test_nothing_goes_on_as_another_run(make_trainer, make_model, checkpoint, change, named):

@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from ltm_hf import elbo
 from ltm_hf.data import collate_blocks
-from ltm_hf.posterior_ltm import amortized_posterior, infer_posterior, negative_log_likelihood
+from ltm_hf.inference_ltm import amortized_posterior, infer_posterior
+from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments
 from ltm_hf.training.card import write_model_card
 
@@ -106,7 +107,7 @@ def test_amortised_step_against_the_definition(make_trainer, make_amortized, ste
             "text": lambda: amortized_posterior(model, ids),  # noqa: B023
             "prompt": lambda: amortized_posterior(model, ids[:, :prompt]),  # noqa: B023
         }[trainer.args.infer_from]()
-        nll = nll + negative_log_likelihood(model, ids, posterior.sample(trainer._seed(step + 1)), labels=labels).sum()
+        nll = nll + negative_log_likelihood(model, Text.of(model, ids, labels=labels), posterior.sample(trainer._seed(step + 1))).sum()
         kl, tokens = kl + posterior.kl_divergence().sum(), tokens + ids.shape[1] - prompt
     assert kl.item() > 1
     ((nll + weight * kl) / tokens).backward()
@@ -164,7 +165,7 @@ def test_an_encoder_learns_and_is_read(make_trainer, make_model):
     posterior = model.eval().infer_posterior(ids)
     with torch.no_grad():
         own, swapped, none = (
-            negative_log_likelihood(model, ids, z) for z in (posterior.mean, posterior.mean.flip(0), None)
+            negative_log_likelihood(model, Text.of(model, ids), z) for z in (posterior.mean, posterior.mean.flip(0), None)
         )
     kl = posterior.kl_divergence()
     assert (swapped > own + 5).all() and (none.mean() > (own + kl).mean() + 1).all()
@@ -184,7 +185,7 @@ def test_evaluation_of_an_encoder_is_its_bound(make_trainer, make_amortized):
             estimate = elbo(model, ids, posterior, labels=labels, seed=trainer._seed(0))
             nll, kl = nll + estimate.nll.item(), kl + estimate.kl.item()
             latents = infer_posterior(model, prompt).mean
-            from_prompt += negative_log_likelihood(model, ids, latents, labels=labels).item()
+            from_prompt += negative_log_likelihood(model, Text.of(model, ids, labels=labels), latents).item()
             tokens += estimate.num_tokens.item()
     assert metrics["eval_loss"] == pytest.approx((nll + kl) / tokens, rel=1e-4)
     assert metrics["eval_kl"] == pytest.approx(kl / tokens, rel=1e-4)
@@ -195,22 +196,22 @@ def test_evaluation_of_an_encoder_is_its_bound(make_trainer, make_amortized):
 # ---------------------------------------------------------------- chains
 
 
-@pytest.mark.parametrize("slow_gradient", ["final", "trajectory"])
-def test_a_decoder_learns_at_the_end_of_a_chain(make_trainer, make_model, slow_gradient):
+@pytest.mark.parametrize("objective", ["elbo", "elbo_trajectory"])
+def test_a_decoder_learns_at_the_end_of_a_chain(make_trainer, make_model, objective):
     model = make_model(**CHAIN)
-    trainer = make_trainer(model, make_rows(4), slow_gradient=slow_gradient)
+    trainer = make_trainer(model, make_rows(4), objective=objective)
     batch = collate_blocks(list(trainer.train_dataset))
     seed, states = trainer._seed(1), []
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     posterior = infer_posterior(model, ids, mask, labels, seed=seed, callback=lambda step, z, value: states.append(z))
-    states = states * (slow_gradient == "trajectory") + [posterior.mean]
+    states = states * (objective == "elbo_trajectory") + [posterior.mean]
     tokens = (labels != -100).sum()
-    loss = torch.stack([negative_log_likelihood(model, ids, z, mask, labels).sum() for z in states]).mean() / tokens
+    loss = torch.stack([negative_log_likelihood(model, Text.of(model, ids, mask, labels), z).sum() for z in states]).mean() / tokens
     loss.backward()
     expected = gradients(model)
     model.zero_grad()
     found = trainer.training_step(model, batch, num_items_in_batch=tokens)
-    assert len(states) == (4 if slow_gradient == "trajectory" else 1)
+    assert len(states) == (4 if objective == "elbo_trajectory" else 1)
     assert_close(gradients(model), expected)
     assert found.item() == pytest.approx(loss.item(), rel=1e-5)
 
@@ -236,7 +237,7 @@ def test_what_chains_log(make_trainer, make_model):
                 infer_posterior(model, ids, labels=labels, **settings),
                 infer_posterior(model, prompt, **settings),
             ]
-            losses = [negative_log_likelihood(model, ids, q.mean, labels=labels).item() for q in latents]
+            losses = [negative_log_likelihood(model, Text.of(model, ids, labels=labels), q.mean).item() for q in latents]
             nll, from_prompt = nll + losses[0], from_prompt + losses[1]
             tokens += int((labels != -100).sum())
     assert metrics["eval_loss"] == metrics["eval_nll"] == pytest.approx(nll / tokens, rel=1e-4)
@@ -245,7 +246,7 @@ def test_what_chains_log(make_trainer, make_model):
 
 
 def test_the_step_of_a_chain_does_not_grow_as_the_papers_learning_rate_does(make_trainer, make_model):
-    model = make_model(**CHAIN, inference_optimizer="adamw")
+    model = make_model(**CHAIN, inference_method="adamw")
     trainer = make_trainer(model)
     trainer.state.max_steps = 101
     for trainer.state.global_step in (0, 100):
@@ -289,9 +290,9 @@ def test_the_autoregressive_twin_takes_the_same_arguments(make_trainer, make_mod
     ("overrides", "facts", "absent"),
     [
         (CHAIN, ["`inference_method` | langevin |", "`num_inference_steps` | 3 |", "inference step size | 0.05 |"],
-         ["inference_optimizer", "| bound"]),
+         ["inference_method", "| bound"]),
         (dict(inference_method="amortized"), ["`inference_method` | amortized |", "over 7 steps", "| bound "],
-         ["inference_optimizer", "num_inference_steps` |", "in the paper's account"]),
+         ["inference_method", "num_inference_steps` |", "in the paper's account"]),
     ],
     ids=["langevin", "amortized"],
 )  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from ltm_hf import elbo, infer_posterior
-from ltm_hf.flops import training_flops
+from ltm_hf.costs.flops import training_flops
 from ltm_hf.posterior_ltm import LatentPosterior
 from ltm_hf.training import LTMTrainer, monitor
 from ltm_hf.training.monitor import ProgressBar, diagnose, fit_figures, trace_sums, variance_sums
@@ -72,7 +72,7 @@ def test_elbo_trace_leaves_out_what_is_not_a_number_and_stays_where_a_fit_stoppe
 @pytest.mark.parametrize("log_variance", [-3.0, 0.0, 2.0])
 def test_variances_of_latents_that_say_nothing(make_model, make_ids, log_variance):
     """Behind a closed gate the likelihood does not move, and what a shift gains is KL alone."""
-    model, ids = make_model(cross_attention_gate_init=0.0), make_ids()
+    model, ids = make_model(latent_gate_init=0.0), make_ids()
     mean = torch.zeros(3, *model.config.latent_shape)
     posterior = LatentPosterior(mean, mean + log_variance)
     with torch.no_grad():
@@ -83,16 +83,16 @@ def test_variances_of_latents_that_say_nothing(make_model, make_ids, log_varianc
     assert sums["probed_tokens"] == ids.numel() - len(ids)
 
 
-@pytest.mark.parametrize("slow_gradient", ["final", "trajectory"])
-def test_mfu_is_the_share_of_the_peak(make_trainer, make_model, monkeypatch, slow_gradient):
+@pytest.mark.parametrize("objective", ["elbo", "elbo_trajectory"])
+def test_mfu_is_the_share_of_the_peak(make_trainer, make_model, monkeypatch, objective):
     monkeypatch.setattr("ltm_hf.training.trainer.peak_flops", lambda device: 1e9)
     model = make_model()
-    trainer = make_trainer(model, num_inference_steps=3, slow_gradient=slow_gradient, gradient_accumulation_steps=2)
+    trainer = make_trainer(model, num_inference_steps=3, objective=objective, gradient_accumulation_steps=2)
     trainer.train()
     entry = trainer.state.log_history[0]
     cost = training_flops(model.config, BLOCK)
     tokens_per_second = entry["tokens_per_second"] * BLOCK / (BLOCK - 1)  # the first of a row is not scored
-    flops = 3 * cost.fast_step + (1 if slow_gradient == "final" else 4) * cost.slow_step
+    flops = 3 * cost.fast_step + (1 if objective == "elbo" else 4) * cost.slow_step
     assert entry["mfu"] == pytest.approx(tokens_per_second * flops / 1e9, rel=1e-6)
 
 
@@ -178,13 +178,13 @@ def test_a_healthy_run_is_silent(make_trainer, caplog):
 @pytest.mark.parametrize(
     ("overrides", "arguments", "expected"),
     [
-        ({"cross_attention_gate_init": 0.0}, {}, {"latents unused"}),
+        ({"latent_gate_init": 0.0}, {}, {"latents unused"}),
         (
-            {"inference_optimizer": "adamw", "inference_learning_rate": 0.1},
+            {"inference_method": "adamw", "inference_learning_rate": 0.1},
             {},
             {"fast loop not converged", "log-variance far from its optimum"},
         ),
-        ({"inference_optimizer": "adamw"}, {"inference_learning_rate": 1e30}, {"non-finite rows"}),
+        ({"inference_method": "adamw"}, {"inference_learning_rate": 1e30}, {"non-finite rows"}),
     ],
 )
 def test_runs_that_go_wrong_say_so_once(make_trainer, make_model, caplog, overrides, arguments, expected):

@@ -7,9 +7,9 @@ from transformers import EarlyStoppingCallback
 
 from ltm_hf import elbo, infer_posterior
 from ltm_hf.data import collate_blocks
-from ltm_hf.posterior_ltm import negative_log_likelihood
+from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
+from ltm_hf.memory_ltm import prior_state, token_noise
 from ltm_hf.training import DualRateMixin, LTMTrainer, LTMTrainingArguments
-from ltm_hf.training.trainer import prompts
 
 
 def make_rows(count, seed=0):
@@ -51,7 +51,7 @@ def logged(trainer, name):
 
 
 @pytest.mark.parametrize("infer_from", ["labels", "text", "prompt"])
-def test_infer_from_against_the_definition(make_trainer, make_model, infer_from):
+def test_infer_from_against_its_definition(make_trainer, make_model, infer_from):
     """A step and an evaluation, row by row and without padding."""
     model = make_model()
     trainer = make_trainer(model=model, rows=make_rows(4), infer_from=infer_from, optim="sgd")
@@ -64,7 +64,7 @@ def test_infer_from_against_the_definition(make_trainer, make_model, infer_from)
             "text": lambda: infer_posterior(model, ids, seed=seed),  # noqa: B023
             "prompt": lambda: infer_posterior(model, ids[:, :prompt], seed=seed),  # noqa: B023
         }[infer_from]()
-        loss = loss + negative_log_likelihood(model, ids, posterior.sample(seed), labels=labels).sum()
+        loss = loss + negative_log_likelihood(model, Text.of(model, ids, labels=labels), posterior.sample(seed)).sum()
         kl = kl + posterior.kl_divergence().sum().item()
         total += ids.shape[1] - prompt
     (loss / total).backward()
@@ -97,8 +97,8 @@ def test_evaluation_scores_labels_only(make_trainer, make_model):
         with torch.no_grad():
             estimate = elbo(model, ids, posterior, labels=labels, seed=seed)
             nll, kl = nll + estimate.nll.item(), kl + estimate.kl.item()
-            from_prompt += negative_log_likelihood(model, ids, mean, labels=labels).item()
-            plain += negative_log_likelihood(model, ids, labels=labels).item()
+            from_prompt += negative_log_likelihood(model, Text.of(model, ids, labels=labels), mean).item()
+            plain += negative_log_likelihood(model, Text.of(model, ids, labels=labels)).item()
         total += ids.shape[1] - prompt
     labels, prompt = metrics["labels"], metrics["prompt"]
     assert labels["eval_loss"] == pytest.approx((nll + kl) / total, rel=1e-4)
@@ -108,17 +108,23 @@ def test_evaluation_scores_labels_only(make_trainer, make_model):
     assert prompt["eval_loss"] == prompt["eval_nll"] != labels["eval_nll"]
 
 
-def test_what_map_finds_in_a_prompt_is_read_without_noise(make_trainer, make_model):
-    trainer = make_trainer(
-        model=make_model(inference_optimizer="map"), infer_from="prompt", max_steps=1, learning_rate=1e-30
+@pytest.mark.parametrize("infer_from", [None, "labels", "text", "prompt"])
+def test_what_a_memory_learns_from(make_trainer, make_model, infer_from):
+    """Of all tokens, unless told otherwise: row by row and without padding."""
+    model = make_model("memory")
+    trainer = make_trainer(model=model, rows=make_rows(4), infer_from=infer_from)
+    nats, tokens = 0, 0
+    for row in trainer.train_dataset:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        is_prompt, text = labels == -100, Text.of(model, ids, labels=labels)
+        writes = {"labels": ~is_prompt, "prompt": is_prompt}.get(infer_from)
+        noise = token_noise(text.keys, ids.shape[1], None, model.config.hidden_size, trainer._seed(1))
+        given = dict(latent_state=prior_state(model.config, 1), latent_writes=writes, latent_noise=noise)
+        nats, tokens = nats + negative_log_likelihood(model, text, **given).item(), tokens + text.num_tokens.item()
+    loss = trainer.training_step(
+        model, collate_blocks(list(trainer.train_dataset)), num_items_in_batch=torch.tensor(tokens)
     )
-    found = trainer.evaluate()
-    assert found["eval_loss"] == pytest.approx(found["eval_from_prompt"], rel=1e-6)
-    trainer.train()
-    batch = trainer._last_batch
-    read = infer_posterior(trainer.model, **prompts(*(batch.get(n) for n in ("input_ids", "attention_mask", "labels"))))
-    torch.testing.assert_close(batch["latents"], read.mean)
-    assert batch["latents"].abs().max() > 1e-3
+    assert loss.item() == pytest.approx(nats / tokens, rel=1e-5)
 
 
 def test_rows_without_a_prompt_are_refused_for_inference_from_it(make_trainer):
@@ -185,18 +191,19 @@ def test_mixin_sits_before_any_trainer(make_trainer):
 # ---------------------------------------------------------------- batches
 
 
-def test_batch_and_accumulation_are_the_same_training(make_trainer):
+def test_batch_and_accumulation_are_the_same_training(make_trainer, make_model, reader):
     """(8, 1) = (4, 2) = (2, 4), though micro-batches hold different numbers of scored tokens and of padding."""
     runs = []
     for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
         trainer = make_trainer(
-            per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, optim="sgd"
-        )
+            model=make_model(reader), per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation, optim="sgd",
+        )  # fmt: skip
         trainer.train()
-        runs.append((weights(trainer), logged(trainer, "bound")))
-    for trained, bounds in runs[1:]:
+        runs.append((weights(trainer), logged(trainer, "loss")))
+    for trained, losses in runs[1:]:
         torch.testing.assert_close(trained, runs[0][0], rtol=0, atol=1e-6)
-        assert bounds == pytest.approx(runs[0][1], abs=1e-5)
+        assert losses == pytest.approx(runs[0][1], abs=1e-5)
 
 
 def test_auto_find_batch_size_after_running_out_of_memory(make_trainer, monkeypatch):
@@ -228,9 +235,9 @@ def test_rows_grouped_by_length(make_trainer):
     shapes = []
 
     class Watched(LTMTrainer):
-        def _think(self, decoder, inputs):
-            shapes.append(inputs["attention_mask"].sum(dim=1) if "attention_mask" in inputs else None)
-            return super()._think(decoder, inputs)
+        def _think(self, decoder, text):
+            shapes.append(None if text.mask is None else text.mask.sum(dim=1))
+            return super()._think(decoder, text)
 
     trainer = make_trainer(
         Watched, rows=make_rows(64), train_sampling_strategy="group_by_length", max_steps=16, num_inference_steps=1
@@ -245,7 +252,7 @@ def test_rows_grouped_by_length(make_trainer):
 
 
 def test_resumed_training_is_the_unbroken_one(make_trainer, tmp_path):
-    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, slow_gradient="trajectory")
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, objective="elbo_trajectory")
     whole = make_trainer(folder="whole", **settings)
     whole.train()
     resumed = make_trainer(folder="resumed", **settings)

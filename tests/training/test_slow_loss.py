@@ -72,7 +72,7 @@ class WithLogits(LTMTrainer):
         dict(gradient_accumulation_steps=2, per_device_train_batch_size=2),
         dict(gradient_checkpointing=True),
         dict(bf16=True),
-        dict(slow_gradient="trajectory"),
+        dict(objective="elbo_trajectory"),
         dict(average_tokens_across_devices=False),
     ],
     ids=str,

@@ -102,25 +102,6 @@ def test_objectives_against_their_definition(make_trainer, objective):
     assert math.isfinite(loss.item())
 
 
-@both_readers
-def test_batch_and_accumulation_are_the_same_training(make_trainer, reader):
-    """(8, 1) = (4, 2) = (2, 4): posteriors are local to a sequence and losses are divided by the same tokens."""
-    results = []
-    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
-        model = make_model(reader)
-        trainer = make_trainer(
-            model, make_blocks(16), per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
-            optim="sgd", objective="elbo_trajectory" if reader == "paper" else None,
-        )  # fmt: skip
-        trainer.train()
-        weights = torch.cat([parameter.flatten() for parameter in model.parameters()]).detach()
-        logs = [entry for entry in trainer.state.log_history if "gain" in entry]
-        results.append((weights, [entry["loss"] + entry.get("kl", 0) for entry in logs]))
-    for weights, bounds in results[1:]:
-        torch.testing.assert_close(weights, results[0][0], rtol=0, atol=1e-6)
-        assert bounds == pytest.approx(results[0][1], abs=1e-5)
-
-
 def test_logs(make_trainer):
     trainer = make_trainer(make_model(), make_blocks(16))
     trainer.train()
@@ -299,4 +280,5 @@ def test_a_compiled_decoder_is_compiled_in_the_fast_loop_too(make_trainer, reade
         names = ("loss", "gain", "grad_norm", *(("kl", "bound") if reader == "paper" else ()))
         logs.append([[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry])
     torch.testing.assert_close(*logs, rtol=1e-5, atol=1e-6)
-    assert counters["stats"]["unique_graphs"] == 4  # inference, learning, and the gain with and without latents
+    inference = reader == "paper"  # a graph of its own, beside learning, and the gain with and without latents
+    assert counters["stats"]["unique_graphs"] == 3 + inference
