@@ -4,7 +4,7 @@
     accelerate launch examples/finetune.py --files train.jsonl.gz  # rows with messages, prompt and completion, or
                                                                    # question and answer
     accelerate launch examples/finetune.py --lora --infer_from prompt
-    accelerate launch examples/finetune.py --backbone Qwen/Qwen2.5-0.5B --num_latents 96 --freeze_backbone
+    accelerate launch examples/finetune.py --backbone Qwen/Qwen2.5-0.5B --freeze_backbone
 
 Needs the extra `finetune` (TRL and PEFT).
 """
@@ -23,7 +23,7 @@ from ltm_hf.training import check_run
 with cli.one_sentence():  # where one is not installed
     from peft import LoraConfig
 
-    from ltm_hf.training.sft import LATENT_MODULES, LTMSFTConfig, LTMSFTTrainer
+    from ltm_hf.training.sft import LTMSFTConfig, LTMSFTTrainer, latent_modules
 
 # Where the command line says nothing; beyond these, TRL's defaults hold.
 RECIPE = dict(
@@ -42,7 +42,7 @@ RECIPE = dict(
 )
 
 FIGURES = {
-    "eval_loss": "what training lowers: with --infer_from labels or text a bound, with prompt a predictor's loss",
+    "eval_loss": "what training lowers: a predictor's loss, or a bound where latents are fitted to the answer",
     "eval_from_prompt": "a predictor's loss: latents from the prompt only, as in generation",
     "eval_no_latents": "the same without latents",
 }
@@ -54,7 +54,10 @@ class ModelArguments:
     backbone: str | None = field(
         default=None, metadata={"help": "Instead, a Llama, Mistral, Qwen2 or Qwen3 model to make an LTM of."}
     )
-    num_latents: int = field(default=24, metadata={"help": "Of an LTM made of a backbone: a multiple of its layers."})
+    num_latents: int = field(
+        default=64, metadata={"help": "Of an LTM made of a backbone: for the paper's reader, a multiple of its layers."}
+    )
+    latent_reader: str = field(default="memory", metadata={"help": "How it reads them: memory or paper."})
     sliding_window: int | None = field(default=None, metadata={"help": "Its attention window; default: as it is."})
     freeze_backbone: bool = field(default=False, metadata={"help": "Train only what reads the latents."})
     lora: bool = field(default=False, metadata={"help": "Train a low-rank adapter and save it alone."})
@@ -89,10 +92,11 @@ def parse():
     if "num_train_epochs" in named and "max_steps" not in named:
         parser.set_defaults(max_steps=-1)  # the recipe's would win
     options, data, args = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    of_backbone = ("num_latents", "latent_reader", "sliding_window", "freeze_backbone")
     cli.refuse_idle(
         named,
         (options.backbone, "with --backbone", ("model",)),
-        (not options.backbone, "without --backbone", ("num_latents", "sliding_window", "freeze_backbone")),
+        (not options.backbone, "without --backbone", of_backbone),
         (options.lora, "with --lora, which trains no weight of the backbone", ("freeze_backbone",)),
         (not options.lora, "without --lora", ("lora_rank", "lora_targets")),
         *cli.idle_in_corpora(data),
@@ -108,7 +112,11 @@ def load_model(options, output_dir):
     if not options.backbone:
         return load_causal_lm(options.model, dtype=torch.float32, auto=LTMForCausalLM)[0]
     model = LTMForCausalLM.from_pretrained_backbone(
-        options.backbone, options.num_latents, options.sliding_window, options.freeze_backbone
+        options.backbone,
+        options.num_latents,
+        options.sliding_window,
+        options.freeze_backbone,
+        latent_reader=options.latent_reader,
     ).float()
     if options.lora:  # an adapter is of no use without the model that it was made for
         model.save_pretrained(output_dir / "base")
@@ -116,7 +124,7 @@ def load_model(options, output_dir):
     return model
 
 
-def adapter(options):
+def adapter(options, config):
     if not options.lora:
         return None
     targets = options.lora_targets
@@ -124,7 +132,7 @@ def adapter(options):
         r=options.lora_rank,
         lora_alpha=2 * options.lora_rank,
         target_modules=targets[0] if len(targets) == 1 else targets,
-        modules_to_save=LATENT_MODULES if options.backbone else None,
+        modules_to_save=latent_modules(config) if options.backbone else None,
         task_type="CAUSAL_LM",
     )
 
@@ -142,8 +150,6 @@ def main():
     model = load_model(options, folder)
     check_vocabulary(model, tokenizer)
     cli.refuse_idle(named, *cli.idle_without_latents(model.config))
-    if model.config.inference_optimizer == "map" and "infer_from" not in named:  # whose variance says nothing
-        args.infer_from = "prompt"
     longest = model.config.max_position_embeddings
     if "max_length" in named and args.max_length > longest:
         raise ValueError(f"--max_length is {args.max_length} and the model takes {longest} tokens.")
@@ -156,7 +162,7 @@ def main():
         train_dataset=rows["train"],
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=adapter(options),
+        peft_config=adapter(options, model.config),
         card_facts={"dataset_name": None if data.files else data.dataset_name},
     )
     if options.lora:

@@ -2,7 +2,7 @@
 
     accelerate launch examples/pretrain.py                       # ltm-tiny on presidents' messages, a few CPU minutes
     accelerate launch examples/pretrain.py --baseline            # and its autoregressive twin, on the same tokens
-    accelerate launch examples/pretrain.py --slow_optimizer adamw --report_to tensorboard    # not by Muon
+    accelerate launch examples/pretrain.py --preset ltm-tiny-paper           # the paper's model and algorithm, small
     accelerate launch examples/pretrain.py --preset ltm-small --dataset_name HuggingFaceFW/fineweb-edu --streaming \
         --tokenizer gpt2 --bf16 --max_steps 30000 --output_dir outputs/ltm-small
     accelerate launch examples/pretrain.py --prepared data/blocks            # made by examples/prepare_data.py
@@ -21,8 +21,8 @@ from transformers import set_seed
 from ltm_hf import LTMForCausalLM, cli, preset_config
 from ltm_hf.data import load_corpus, load_prepared, load_tokenizer, pack, train_tokenizer
 from ltm_hf.evaluation import evaluate_likelihood, markdown_table
-from ltm_hf.evaluation.likelihood import DEFAULT
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, check_run, plot_curves
+from ltm_hf.training.objectives import objective_of, step_flops
 
 # What a preset is trained with unless the command line says otherwise; beyond these, the arguments' defaults hold.
 PAPER = dict(tokenizer="gpt2", save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000)
@@ -37,14 +37,13 @@ TINY = dict(
     eval_steps=125,
     save_strategy="no",
 )
-MEMORY = dict(slow_gradient="unrolled")
 RECIPES = {
-    "ltm-tiny": TINY | MEMORY | dict(slow_optimizer="muon"),
-    "ltm-tiny-natural": TINY,
+    "ltm-tiny": TINY | dict(slow_optimizer="muon"),
+    "ltm-tiny-paper": TINY,
     "ltm-small": PAPER,
     "ltm-medium": PAPER,
     "ltm-large": PAPER,
-    "ltm-small-memory": PAPER | MEMORY,
+    "ltm-small-memory": PAPER,
 }
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -142,8 +141,9 @@ def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
     """The trainer after training, and the likelihood before and after."""
     set_seed(args.seed)
     model = LTMForCausalLM(config).to(args.device)  # FSDP2 and DeepSpeed would leave it on the CPU until they train
-    flops = args.step_flops(config, config.max_position_embeddings)
-    print(f"{model.num_parameters():,} parameters, {flops / 1e6:.3g} MFLOPs a token to train")
+    flops = step_flops(config, args, config.max_position_embeddings)
+    learns = objective_of(config, args).description
+    print(f"{model.num_parameters():,} parameters, {flops / 1e6:.3g} MFLOPs a token to train; learns from {learns}")
     trainer = LTMTrainer(
         model,
         args,
@@ -152,13 +152,10 @@ def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
         processing_class=tokenizer,
         card_facts={"dataset_name": data_name},  # and of the license, whoever publishes the weights
     )
-    figures = DEFAULT
-    if args.slow_gradient in ("unrolled", "online"):  # learns to predict what follows; its latents bound nothing well
-        figures = ("reinfer-32", *(name for name in DEFAULT if name not in ("bound", "nll", "kl", "released")))
-    before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size, figures=figures)
+    before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
     trainer.train(args.resume_from_checkpoint)
     trainer.save_model()  # before anything else can end the run
-    after = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size, figures=figures)
+    after = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
     return trainer, before, after
 
 

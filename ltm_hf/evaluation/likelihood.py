@@ -288,9 +288,7 @@ def evaluate_documents(
     if "bound" in names:
         figures += ["prior", *([f"iw-{num_samples}"] if num_samples else [])]
     elif num_samples and getattr(model.config, "num_latents", 0):
-        raise ValueError(
-            "num_samples is of an importance-weighted bound: a memory's loss is exact."
-        )
+        raise ValueError("num_samples is of an importance-weighted bound: a memory's loss is exact.")
 
     def figures_of(blocks, names):
         return evaluate_likelihood(model, chosen(blocks, num_blocks, seed), figures=names, seed=seed, **settings)

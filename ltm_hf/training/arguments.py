@@ -77,7 +77,7 @@ class DualRateArguments:
     infer_from: str | None = field(
         default=None,
         metadata={
-            "help": "What the latents are fitted to, or a memory learns from. 'labels': the tokens that the loss scores, given those before "
+            "help": "What latents are inferred from. 'labels': the tokens that the loss scores, given those before "
             "them; loss + kl bounds -log p(completion | prompt) with z from the prior. 'text': the prompt as well, as "
             "if it were scored; loss + kl bounds the same less tightly, since the kl pays for both. 'prompt': what "
             "comes before the first scored token, which is all that generate() sees; no kl is paid, and the loss is "

@@ -93,6 +93,6 @@ class EvaluationMixin:
         if fit_sums["non_finite_rows"]:
             figures["non_finite_rows"] = fit_sums["non_finite_rows"]
         for name, tokens in objective.ALSO.items():
-            if sums[tokens]:
-                figures[name] = sums[name] / sums[tokens]
+            if tokens == "tokens" or sums[tokens]:
+                figures[name] = mean(sums[name], sums[tokens])
         return figures

@@ -14,11 +14,15 @@ from .card_mixin import ModelCardMixin
 from .checks import READ, check_columns, check_some
 from .trainer import DualRateMixin
 
-# The modules that a decoder made by `from_pretrained_backbone` has yet to learn: an adapter for one should train them
-# whole, as its `modules_to_save`.
-LATENT_MODULES = ["cross_attn", "cross_attention_layernorm", "cross_attention_gate"]
-
 MASKS = ("completion_mask", "assistant_masks")  # which TRL makes labels of
+
+
+def latent_modules(config) -> list[str]:
+    """The modules that a decoder made by `from_pretrained_backbone` has yet to learn.
+
+    An adapter for one should train them whole, as its `modules_to_save`.
+    """
+    return ["reader"] if config.has_memory else ["cross_attn", "cross_attention_layernorm", "cross_attention_gate"]
 
 
 @dataclass
@@ -73,4 +77,4 @@ def _unpadded(row: dict) -> dict:
     return {name: row[name][real] for name in ("input_ids", "labels", *MASKS) if name in row}
 
 
-__all__ = ["LATENT_MODULES", "LTMSFTConfig", "LTMSFTTrainer"]
+__all__ = ["LTMSFTConfig", "LTMSFTTrainer", "latent_modules"]

@@ -20,10 +20,12 @@ from safetensors.torch import load_file
 
 import ltm_hf
 from ltm_hf import PRESETS, LTMForCausalLM, preset_config
+from ltm_hf.configuration_ltm import READERS
+from ltm_hf.costs.flops import paper_training_flops, training_flops
 from ltm_hf.data import train_tokenizer
 from ltm_hf.evaluation import Likelihood
-from ltm_hf.costs.flops import paper_training_flops, training_flops
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, add_to_model_index, write_model_card
+from ltm_hf.training.objectives import Elbo, Prediction
 
 HubStub = runpy.run_path(str(Path(__file__).parents[1] / "hub_stub.py"))["HubStub"]
 
@@ -69,7 +71,7 @@ def full_card(folder, arguments, **facts):
         hardware="8 x NVIDIA H100",
         likelihood=LIKELIHOOD,
     )
-    return write_model_card(folder, of(), **defaults | facts)
+    return write_model_card(folder, facts.pop("model", of()), **defaults | facts)
 
 
 def section(card, title):
@@ -133,15 +135,16 @@ def test_architecture_inference_and_training(tmp_path, arguments):
     card = full_card(tmp_path, arguments)
     _, architecture = section(card, "Architecture")
     assert architecture["parameters"] == "38,369,280" and architecture["attention window"] == "256 tokens"
-    assert architecture["layers"] == "3" and architecture["latent vectors"] == "24 (8 a layer)"
+    assert architecture["layers"] == "3" and architecture["latent vectors"] == "24"
+    assert architecture["read by"] == READERS["paper"] and architecture["layers that read latents"] == "1, 2, 3"
     _, inference = section(card, "Inference")
     assert inference == {
         "`num_inference_steps`": "16",
         "`inference_method`": "adamw",
         "`inference_learning_rate`": "0.3",
         "`inference_lr_schedule`": "constant",
-        "`inference_weight_decay`": "0.01",
         "`inference_noise`": "fresh",
+        "`inference_kl_weight`": "1.0",
     }
     _, training = section(card, "Training")
     assert training["data"] == f"[{DATA}](https://huggingface.co/datasets/{DATA})"
@@ -150,13 +153,14 @@ def test_architecture_inference_and_training(tmp_path, arguments):
     assert training["batch"] == "4 sequences a device, gradients accumulated over 3"
     assert training["learning rate"] == "0.0004, cosine_with_min_lr, warm-up over 1000 steps"
     assert training["inference step size"] == "0.3 to 0.34, linear over training"
+    assert training["learns from"] == Elbo.description
     assert "not recorded" not in card.text
 
 
 @pytest.mark.parametrize("objective", ["elbo", "elbo_trajectory"])
 def test_cost_is_that_of_the_run(tmp_path, arguments, objective):
     """The run's number of steps, not the configuration's; a decoder that learns from each of them pays for each."""
-    arguments.num_inference_steps, arguments.slow_gradient = 7, slow_gradient
+    arguments.num_inference_steps, arguments.objective = 7, objective
     _, cost = section(full_card(tmp_path, arguments), "Cost")
     config = preset_config("ltm-small", num_inference_steps=7)
     flops = training_flops(config, 512)
@@ -168,23 +172,23 @@ def test_cost_is_that_of_the_run(tmp_path, arguments, objective):
     assert cost["whole run (not a token)"] == f"{step * 1e9 / 1e18:.2f} E"
 
 
-def test_cost_of_gradients_through_inference(tmp_path, arguments):
-    """A fast step of half a text, and the gradient through it."""
-    arguments.num_inference_steps, arguments.slow_gradient = 1, "unrolled"
-    _, cost = section(full_card(tmp_path, arguments), "Cost")
-    flops = training_flops(preset_config("ltm-small", num_inference_steps=1), 512)
-    step = flops.unrolled_step + flops.slow_step
-    assert cost["training step: 1 of inference, 1 of learning"] == f"{step / 1e6:.2f} M"
-
-
-def test_cost_of_a_run_that_begins_without_inference(tmp_path, arguments):
-    arguments.num_inference_steps, arguments.inference_start_ratio = 4, 0.25
-    card = full_card(tmp_path, arguments)
-    (_, training), (_, cost) = section(card, "Training"), section(card, "Cost")
-    flops = training_flops(preset_config("ltm-small", num_inference_steps=4), 512)
-    assert training["first learned without latents"] == "25 % of the steps"
-    assert cost["training step: 4 of inference, 1 of learning"] == f"{flops.training_step / 1e6:.2f} M"
-    assert cost["whole run (not a token)"] == f"{(3 * flops.fast_step + flops.slow_step) / 1e6:.2f} P"
+def test_card_of_a_memory(tmp_path, arguments):
+    """It says what a memory does, and nothing of fast loops, bounds and cross-attention."""
+    config = preset_config("ltm-small-memory")
+    card = full_card(
+        tmp_path, arguments, model=of("ltm-small-memory"), likelihood=Likelihood({"prediction": (3.25, 0.05)}, 10, 1)
+    )
+    _, architecture = section(card, "Architecture")
+    assert architecture["read by"] == READERS["memory"] and architecture["tokens that read the same memory"] == "8"
+    assert section(card, "Inference")[1].keys() == {
+        "`inference_method`",
+        "`num_inference_steps`",
+        "`inference_kl_weight`",
+    }
+    assert section(card, "Training")[1]["learns from"] == Prediction.description
+    assert section(card, "Cost")[1]["training step"] == f"{training_flops(config, 512).slow_step / 1e6:.2f} M"
+    for word in ("cross-attention", "gradient steps on", "fast", "bound", "at most"):
+        assert word not in card.text, word
 
 
 def test_cost_where_inference_steps_are_drawn(tmp_path, arguments):
@@ -273,17 +277,19 @@ def test_snippets_and_citation_of_every_preset(tmp_path, preset):
     card = write_model_card(tmp_path, of(preset), name=f'a "quoted" {preset}')
     (loading,) = snippets(card, "python")
     compile(loading, "README.md", "exec")
-    assert f"num_inference_steps={preset_config(preset).num_inference_steps}" in loading
+    steps = f"num_inference_steps={preset_config(preset).num_inference_steps}"
+    assert (steps in loading) != preset_config(preset).has_memory
     (citation,) = snippets(card, "bibtex")
     assert "Kong, Deqian" in citation and "2502.01567" in citation and "2025" in citation
     assert "Latent Thought Models with Variational {B}ayes Inference-Time Computation" in citation
     assert "International Conference on Machine Learning" in citation
 
 
-@pytest.mark.parametrize("num_latents", [0, 2])
-def test_the_snippet_loads_the_checkpoint(tmp_path, make_model, num_latents, capsys):
+@pytest.mark.parametrize(("reader", "num_latents"), [("paper", 0), ("paper", 2), ("memory", 2)])
+def test_the_snippet_loads_the_checkpoint(tmp_path, make_model, reader, num_latents, capsys):
     tokenizer = train_tokenizer(["The people of the United States."], 300)
     model = make_model(
+        reader,
         num_latents=num_latents,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
@@ -306,9 +312,7 @@ def test_step_size_is_what_the_trainer_does(tmp_path, make_model):
         arguments = LTMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_steps=11)
         trainer = LTMTrainer(model, arguments)
         trainer.state.max_steps = 11
-        start = trainer._inference_learning_rate(model.config)
-        trainer.state.global_step = 10
-        end = trainer._inference_learning_rate(model.config)
+        start, end = (trainer.args.inference_rate(model.config, share) for share in (0, 1))
         card = write_model_card(tmp_path, model, name="mine", training_arguments=arguments)
         expected = f"{start:g}" if start == end else f"{start:g} to {end:g}, linear over training"
         assert section(card, "Training")[1]["inference step size"] == expected

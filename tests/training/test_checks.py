@@ -10,8 +10,9 @@ from datasets import Dataset
 from transformers.trainer_utils import SchedulerType
 
 from ltm_hf.data import collate_blocks
-from ltm_hf.training import LTMTrainer, LTMTrainingArguments
-from ltm_hf.training import trainer as trainer_module
+from ltm_hf.training import LTMTrainer, LTMTrainingArguments, objectives
+
+MEMORY, ENCODER = dict(reader="memory"), dict(inference_method="amortized")
 
 
 @pytest.fixture
@@ -68,10 +69,13 @@ def test_arguments_are_refused_by_name(make_arguments, arguments, message):
     [
         (dict(given=dict(compute_metrics=print), prediction_loss_only=True), "compute_metrics takes predictions"),
         (dict(given=dict(optimizer_cls_and_kwargs=(torch.optim.SGD, {})), slow_optimizer="muon"), "exclude each other"),
-        (dict(slow_gradient="unrolled", neftune_noise_alpha=5.0), "neftune_noise_alpha does not go with"),
-        (dict(slow_gradient="unrolled", given=dict(compute_loss_func=print)), "compute_loss_func does not go with"),
-        (dict(config=dict(inference_method="amortized"), num_inference_steps=2), "num_inference_steps is of inference"),
-        (dict(config=dict(inference_method="amortized"), objective="elbo_trajectory"), "'trajectory' is of inference"),
+        (dict(config=MEMORY, neftune_noise_alpha=5.0), "neftune_noise_alpha does not go with a memory"),
+        (dict(config=MEMORY, objective="elbo"), "objective='elbo' fits latents to a whole text"),
+        (dict(config=MEMORY, inference_learning_rate=0.5), "inference_learning_rate is of inference before"),
+        (dict(config=MEMORY, num_inference_steps=2), "num_inference_steps must be 1 or None"),
+        (dict(objective="prediction"), "objective='prediction' .* needs a model with latent_reader='memory'"),
+        (dict(config=ENCODER, num_inference_steps=2), "num_inference_steps is of inference"),
+        (dict(config=ENCODER, objective="elbo_trajectory"), "'elbo_trajectory' is of inference"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(make_trainer, settings, message):
@@ -96,14 +100,14 @@ def padded(rows, side, labels=False):
 
 @pytest.mark.parametrize("labels", [False, True], ids=["", "with labels"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_of_rows_is_neither_scored_nor_explained(make_trainer, make_ids, side, labels):
-    rows = make_ids(rows=8).tolist()
-    plain, found = make_trainer(), make_trainer(rows=padded(rows, side, labels), folder="padded")
+def test_padding_of_rows_is_neither_scored_nor_explained(make_trainer, make_ids, reader, side, labels):
+    rows, config = make_ids(rows=8).tolist(), dict(reader=reader)
+    plain, found = make_trainer(config), make_trainer(config, rows=padded(rows, side, labels), folder="padded")
     assert found.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
     logs = []
     for trainer in (plain, found):
         trainer.train()
-        logs.append([(entry["loss"], entry["kl"]) for entry in trainer.state.log_history if "kl" in entry])
+        logs.append([(entry["loss"], entry["gain"]) for entry in trainer.state.log_history if "gain" in entry])
     assert torch.tensor(logs[0]).allclose(torch.tensor(logs[1]), rtol=1e-5)
 
 
@@ -166,7 +170,7 @@ def test_noise_on_embeddings_is_for_the_slow_step_alone(make_trainer, monkeypatc
             return infer
 
         for name in ("infer_posterior", "amortized_posterior"):
-            monkeypatch.setattr(trainer_module, name, watched(getattr(trainer_module, name), means))
+            monkeypatch.setattr(objectives, name, watched(getattr(objectives, name), means))
         trainer.train()
         monkeypatch.undo()
         logs = [entry for entry in trainer.state.log_history if "gain" in entry]

@@ -9,7 +9,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from ltm_hf import posterior_ltm
+from ltm_hf import inference_ltm
+from ltm_hf.likelihood_ltm import Text
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments
 
 
@@ -105,20 +106,23 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, make_model):
 def test_a_row_whose_fast_loop_diverges_leaves_the_others_alone(tmp_path, make_model, monkeypatch):
     bad, inputs = 60, torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(0))
     inputs[1, 5] = bad
-    inputs = {"input_ids": inputs, "labels": inputs}
-    expected = make_trainer(tmp_path, make_model())._think(make_model(), inputs)[0]
+    text = Text.unchecked(inputs)
 
-    plain = posterior_ltm.negative_log_likelihood
-    calls = []
+    def latents_of(trainer):
+        (given,) = trainer._think(make_model(), text).passes
+        return given["latents"]
 
-    def diverging(model, input_ids, *args, **kwargs):
+    expected = latents_of(make_trainer(tmp_path, make_model()))
+    plain, calls = inference_ltm.read, []
+
+    def diverging(model, state, text, latents):
         calls.append(0)
-        nll = plain(model, input_ids, *args, **kwargs)
-        return nll * torch.where((input_ids == bad).any(dim=1) & (len(calls) > 1), torch.nan, 1.0)
+        nll = plain(model, state, text, latents)
+        return nll * torch.where((text.input_ids == bad).any(dim=1) & (len(calls) > 1), torch.nan, 1.0)
 
-    monkeypatch.setattr(posterior_ltm, "negative_log_likelihood", diverging)
+    monkeypatch.setattr(inference_ltm, "read", diverging)
     trainer = make_trainer(tmp_path, make_model())
-    latents = trainer._think(make_model(), inputs)[0]
+    latents = latents_of(trainer)
     others = [0, 2, 3]
     torch.testing.assert_close(latents[others], expected[others], rtol=0, atol=0)
     assert latents[1].isfinite().all() and not torch.equal(latents[1], expected[1])

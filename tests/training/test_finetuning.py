@@ -88,20 +88,24 @@ def test_adapters_are_frozen_in_the_fast_loop(make_model, ids):
     assert adapted.base_model.model.model.layers[0].self_attn.q_proj.lora_dropout["default"].p == 0.5
 
 
-@pytest.mark.parametrize("gate", [0.1, None])
-def test_an_adapter_brings_the_cross_attention_of_a_new_decoder(make_arguments, rows, ids, tmp_path, gate):
+@pytest.mark.parametrize(
+    "settings",
+    [dict(latent_reader="memory"), *(dict(latent_reader="paper", latent_gate_init=gate) for gate in (0.1, None))],
+    ids=str,
+)
+def test_an_adapter_brings_what_a_new_decoder_reads_latents_by(make_arguments, rows, ids, tmp_path, settings):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ltm_hf.training.sft import LATENT_MODULES
+    from ltm_hf.training.sft import latent_modules
 
     torch.manual_seed(0)
     sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     upcycled = LTMForCausalLM.from_pretrained_backbone(
-        LlamaForCausalLM(LlamaConfig(**sizes)), num_latents=4, latent_gate_init=gate
+        LlamaForCausalLM(LlamaConfig(**sizes)), num_latents=4, **settings
     )
     upcycled.save_pretrained(tmp_path / "base")
     base = LTMForCausalLM.from_pretrained(tmp_path / "base")
-    adapted = peft.get_peft_model(base, lora("all-linear", modules_to_save=LATENT_MODULES))
+    adapted = peft.get_peft_model(base, lora("all-linear", modules_to_save=latent_modules(base.config)))
     trainer = LTMTrainer(adapted, make_arguments(**SETTINGS), train_dataset=rows)
     trainer.train()
     trainer.save_model()
@@ -113,7 +117,10 @@ def test_an_adapter_brings_the_cross_attention_of_a_new_decoder(make_arguments, 
     merged = loaded.merge_and_unload()
     assert torch.equal(merged.generate(ids, **greedy(ids)), text)
     before = LTMForCausalLM.from_pretrained(tmp_path / "base").state_dict()
-    moved = {name: value - before[name] for name, value in merged.state_dict().items() if "cross_att" in name}
+    moved = {name: value - before[name] for name, value in merged.state_dict().items()}
+    moved = {
+        name: change for name, change in moved.items() if any(part in name for part in latent_modules(base.config))
+    }
     assert all(change.any() for change in moved.values())
     assert all(torch.linalg.matrix_rank(change) > 4 for name, change in moved.items() if "proj" in name)  # not low-rank
 
@@ -138,8 +145,8 @@ def tokenizer():
 def make_trainer(make_model, make_arguments, tokenizer):
     from ltm_hf.training.sft import LTMSFTConfig, LTMSFTTrainer
 
-    def make(rows=None, peft_config=None, **arguments):
-        model = make_model(vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=0)
+    def make(rows=None, peft_config=None, reader="paper", **arguments):
+        model = make_model(reader, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=0)
         settings = SETTINGS | dict(max_length=64, bf16=False)
         return LTMSFTTrainer(
             model,
@@ -297,8 +304,7 @@ def test_a_set_without_rows_is_refused_when_the_trainer_is_made(make_trainer):
 
 def test_predictions_are_the_scored_ones(make_trainer):
     """Past TRL's own way to the loss."""
-    trainer = make_trainer(infer_from="prompt", per_device_eval_batch_size=5)
-    trainer.model.config.inference_method = "map"
+    trainer = make_trainer(reader="memory", per_device_eval_batch_size=5)
     found = trainer.predict(trainer.eval_dataset)
     logits, labels = torch.tensor(found.predictions)[:, :-1], torch.tensor(found.label_ids)[:, 1:]
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)

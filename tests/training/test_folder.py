@@ -240,16 +240,17 @@ def checkpoint(saved, make_trainer):
     [
         (dict(seed=1), "train_dataset"),
         (dict(tokenizer=train_tokenizer(["abcabcabc"] * 9, 262)), "tokenizer"),
-        (dict(model=dict(sliding_window=8)), r"configuration.sliding_window \(4, now 8\)"),
+        (dict(model=dict(sliding_window=8, latent_chunk=4)), r"configuration.sliding_window \(4, now 8\)"),
         (dict(arguments=dict(seed=7)), r"data_seed \(42, now 7\), seed \(42, now 7\)"),
         (dict(arguments=dict(optim="sgd")), r"optim \(adamw_torch.*, now sgd\)"),
-        (dict(arguments=dict(objective="elbo_trajectory")), r"slow_gradient \(final, now trajectory\)"),
+        (dict(given=dict(objective="elbo_trajectory")), r"objective \(Elbo, now ElboTrajectory\)"),
     ],
 )
 def test_nothing_goes_on_as_another_run(make_trainer, make_model, checkpoint, change, named):
     model = make_model(**change.get("model", {}))
     tokenizer = change.get("tokenizer", train_tokenizer([], 258))
-    trainer = make_trainer(seed=change.get("seed", 0), model=model, tokenizer=tokenizer)
+    given = change.get("given", {})
+    trainer = make_trainer(seed=change.get("seed", 0), model=model, tokenizer=tokenizer, **given)
     for name, value in change.get("arguments", {}).items():
         setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=f"Cannot resume from .*: it was made with another {named}. Go on"):

@@ -12,6 +12,7 @@ from ltm_hf.inference_ltm import amortized_posterior, infer_posterior
 from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments
 from ltm_hf.training.card import write_model_card
+from ltm_hf.training.objectives import Now
 
 CHAIN = dict(inference_method="langevin", num_inference_steps=3, inference_learning_rate=0.05)
 
@@ -103,11 +104,16 @@ def test_amortised_step_against_the_definition(make_trainer, make_amortized, ste
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         prompt = int((labels == -100).sum())
         posterior = {
-            "labels": lambda: amortized_posterior(model, ids, labels=labels),  # noqa: B023
-            "text": lambda: amortized_posterior(model, ids),  # noqa: B023
-            "prompt": lambda: amortized_posterior(model, ids[:, :prompt]),  # noqa: B023
-        }[trainer.args.infer_from]()
-        nll = nll + negative_log_likelihood(model, Text.of(model, ids, labels=labels), posterior.sample(trainer._seed(step + 1))).sum()
+            "labels": lambda: amortized_posterior(model, Text.of(model, ids, labels=labels)),  # noqa: B023
+            "text": lambda: amortized_posterior(model, Text.of(model, ids)),  # noqa: B023
+            "prompt": lambda: amortized_posterior(model, Text.of(model, ids[:, :prompt])),  # noqa: B023
+        }[trainer.objective.infer_from]()
+        nll = (
+            nll
+            + negative_log_likelihood(
+                model, Text.of(model, ids, labels=labels), posterior.sample(trainer._seed(step + 1))
+            ).sum()
+        )
         kl, tokens = kl + posterior.kl_divergence().sum(), tokens + ids.shape[1] - prompt
     assert kl.item() > 1
     ((nll + weight * kl) / tokens).backward()
@@ -124,17 +130,14 @@ def test_amortised_step_against_the_definition(make_trainer, make_amortized, ste
     trainer.state.global_step = step + 1
     figures = trainer._figures(loss.item())
     assert figures["kl"] == pytest.approx(kl.item() / tokens, rel=1e-4)  # without its weight
-    pays = trainer.args.infer_from != "prompt"
+    pays = trainer.objective.infer_from != "prompt"
     assert figures["bound"] == pytest.approx((nll.item() + kl.item() * pays) / tokens, rel=1e-4)
 
 
 def test_weight_of_the_kl(make_trainer, make_model):
     for settings, weights in (({}, [1, 1, 1, 1, 1, 1]), (dict(kl_annealing_steps=4), [0, 0.25, 0.5, 0.75, 1, 1])):
         trainer = make_trainer(make_model(inference_method="amortized"), **settings)
-        found = []
-        for trainer.state.global_step in range(6):
-            found.append(trainer._kl_weight)
-        assert found == weights
+        assert [trainer.objective._kl_weight(Now(step, 6)) for step in range(6)] == weights
 
 
 def test_batch_and_accumulation_are_the_same_training(make_trainer, make_amortized):
@@ -165,7 +168,8 @@ def test_an_encoder_learns_and_is_read(make_trainer, make_model):
     posterior = model.eval().infer_posterior(ids)
     with torch.no_grad():
         own, swapped, none = (
-            negative_log_likelihood(model, Text.of(model, ids), z) for z in (posterior.mean, posterior.mean.flip(0), None)
+            negative_log_likelihood(model, Text.of(model, ids), z)
+            for z in (posterior.mean, posterior.mean.flip(0), None)
         )
     kl = posterior.kl_divergence()
     assert (swapped > own + 5).all() and (none.mean() > (own + kl).mean() + 1).all()
@@ -206,7 +210,10 @@ def test_a_decoder_learns_at_the_end_of_a_chain(make_trainer, make_model, object
     posterior = infer_posterior(model, ids, mask, labels, seed=seed, callback=lambda step, z, value: states.append(z))
     states = states * (objective == "elbo_trajectory") + [posterior.mean]
     tokens = (labels != -100).sum()
-    loss = torch.stack([negative_log_likelihood(model, Text.of(model, ids, mask, labels), z).sum() for z in states]).mean() / tokens
+    loss = (
+        torch.stack([negative_log_likelihood(model, Text.of(model, ids, mask, labels), z).sum() for z in states]).mean()
+        / tokens
+    )
     loss.backward()
     expected = gradients(model)
     model.zero_grad()
@@ -237,7 +244,9 @@ def test_what_chains_log(make_trainer, make_model):
                 infer_posterior(model, ids, labels=labels, **settings),
                 infer_posterior(model, prompt, **settings),
             ]
-            losses = [negative_log_likelihood(model, Text.of(model, ids, labels=labels), q.mean).item() for q in latents]
+            losses = [
+                negative_log_likelihood(model, Text.of(model, ids, labels=labels), q.mean).item() for q in latents
+            ]
             nll, from_prompt = nll + losses[0], from_prompt + losses[1]
             tokens += int((labels != -100).sum())
     assert metrics["eval_loss"] == metrics["eval_nll"] == pytest.approx(nll / tokens, rel=1e-4)
@@ -246,13 +255,11 @@ def test_what_chains_log(make_trainer, make_model):
 
 
 def test_the_step_of_a_chain_does_not_grow_as_the_papers_learning_rate_does(make_trainer, make_model):
-    model = make_model(**CHAIN, inference_method="adamw")
-    trainer = make_trainer(model)
-    trainer.state.max_steps = 101
-    for trainer.state.global_step in (0, 100):
-        assert trainer._inference_learning_rate(model.config) == 0.05
-    trainer.args.inference_learning_rate_end = 0.01
-    assert trainer._inference_learning_rate(model.config) == pytest.approx(0.01)
+    model = make_model(**CHAIN)
+    args = make_trainer(model).args
+    assert args.inference_rates(model.config) == (0.05, 0.05)
+    args.inference_learning_rate_end = 0.01
+    assert args.inference_rates(model.config) == (0.05, 0.01)
 
 
 # ---------------------------------------------------------------- refusals, twins and cards
@@ -267,7 +274,7 @@ class Sharded(LTMTrainer):
 def test_refusals(make_trainer, make_model):
     with pytest.raises(ValueError, match="kl_annealing_steps must be 0 or more, got -1"):
         make_trainer(None, kl_annealing_steps=-1)
-    for method in ("variational", "langevin"):
+    for method in ("natural", "langevin"):
         with pytest.raises(ValueError, match="kl_annealing_steps is for inference_method='amortized'"):
             make_trainer(make_model(inference_method=method), kl_annealing_steps=5)
     with pytest.raises(ValueError, match="encoder outside the forward pass.*DDP"):
@@ -281,8 +288,8 @@ def test_the_autoregressive_twin_takes_the_same_arguments(make_trainer, make_mod
     for overrides in (dict(inference_method=method), {}):
         trainer = make_trainer(make_model(num_latents=0, **overrides), **settings)
         trainer.train()
-        logs.append([entry["perplexity_bound"] for entry in trainer.state.log_history if "loss" in entry])
-        assert "eval_perplexity_bound" in trainer.evaluate()
+        logs.append([entry["perplexity"] for entry in trainer.state.log_history if "loss" in entry])
+        assert "eval_perplexity" in trainer.evaluate()
     assert logs[0] == logs[1]
 
 
@@ -290,9 +297,9 @@ def test_the_autoregressive_twin_takes_the_same_arguments(make_trainer, make_mod
     ("overrides", "facts", "absent"),
     [
         (CHAIN, ["`inference_method` | langevin |", "`num_inference_steps` | 3 |", "inference step size | 0.05 |"],
-         ["inference_method", "| bound"]),
+         ["inference_noise", "| bound"]),
         (dict(inference_method="amortized"), ["`inference_method` | amortized |", "over 7 steps", "| bound "],
-         ["inference_method", "num_inference_steps` |", "in the paper's account"]),
+         ["inference_noise", "num_inference_steps` |", "in the paper's account"]),
     ],
     ids=["langevin", "amortized"],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ltm_hf import elbo, infer_posterior
 from ltm_hf.costs.flops import training_flops
+from ltm_hf.likelihood_ltm import Text
 from ltm_hf.posterior_ltm import LatentPosterior
 from ltm_hf.training import LTMTrainer, monitor
 from ltm_hf.training.monitor import ProgressBar, diagnose, fit_figures, trace_sums, variance_sums
@@ -60,7 +61,7 @@ def test_elbo_trace_leaves_out_what_is_not_a_number_and_stays_where_a_fit_stoppe
     ids = torch.ones(3, 5, dtype=torch.long)
     labels = ids.clone()
     labels[2] = -100  # nothing to explain
-    evidence = {"input_ids": ids, "labels": labels}
+    evidence = Text.unchecked(ids, labels=labels)
     sums = trace_sums(posterior, evidence, num_steps=4)
     assert sums == {"elbo_0": -8, "elbo_1": -6, "elbo_2": -6, "elbo_3": -6, "traced_tokens": 4}
     figures = fit_figures(sums | {"wider": 0.0, "narrower": 0.0, "probed_tokens": 4})
@@ -76,7 +77,7 @@ def test_variances_of_latents_that_say_nothing(make_model, make_ids, log_varianc
     mean = torch.zeros(3, *model.config.latent_shape)
     posterior = LatentPosterior(mean, mean + log_variance)
     with torch.no_grad():
-        sums = variance_sums(model, posterior, {"input_ids": ids}, seed=0)
+        sums = variance_sums(model, posterior, Text.unchecked(ids), seed=0)
     kl = {shift: 0.5 * (math.exp(log_variance + shift) - log_variance - shift - 1) for shift in (-1, 0, 1)}
     assert sums["wider"] == pytest.approx((kl[0] - kl[1]) * mean.numel(), rel=1e-4)
     assert sums["narrower"] == pytest.approx((kl[0] - kl[-1]) * mean.numel(), rel=1e-4)
