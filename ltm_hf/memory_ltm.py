@@ -258,14 +258,15 @@ class Lesson(NamedTuple):
     """What a memory is to learn of a text, (B, S) each.
 
     targets: the token after each, or the label of it where it is scored; -100 where none is known. writes: bool, whose
-    errors the memory takes. is_scored: bool. mask: bool, real tokens, or None for all. first_ids: (B,), of each row.
+    errors the memory takes. is_scored: bool. mask: bool, real tokens, or None for all. first: (B,), each row's first
+        token, -100 where it may not be learned from.
     """
 
     targets: torch.Tensor
     writes: torch.Tensor
     is_scored: torch.Tensor
     mask: torch.Tensor | None
-    first_ids: torch.Tensor
+    first: torch.Tensor
 
     @classmethod
     def of(cls, input_ids, attention_mask=None, scored=None, writes=None) -> "Lesson":
@@ -275,13 +276,13 @@ class Lesson(NamedTuple):
         targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
         if mask is not None:
             targets = targets.masked_fill(~(mask & F.pad(mask[:, 1:], (0, 1))), IGNORED)
-        known, first_ids = targets != IGNORED, input_ids[:, 0]
+        known = targets != IGNORED
         is_scored = known if scored is None else known & (scored != IGNORED)
         targets = targets if scored is None else torch.where(is_scored, scored, targets)
+        learned = input_ids if writes is None else input_ids.masked_fill(~writes.bool(), IGNORED)
+        first = learned[:, 0] if mask is None else learned.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
         writes = known if writes is None else known & F.pad(writes[:, 1:], (0, 1)).bool()
-        if mask is not None:
-            first_ids = input_ids.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
-        return cls(targets, writes, is_scored, mask, first_ids)
+        return cls(targets, writes, is_scored, mask, first)
 
 
 class Thought(NamedTuple):
@@ -384,7 +385,7 @@ def _errors(reader, norm, head_pass, hidden, read, targets, scores):
 def _close(reader, norm, head_pass, state, lesson: Lesson) -> MemoryState:
     """With the error of the last token read, now that the next one is known."""
     rows = state.open if lesson.mask is None else state.open & lesson.mask.any(dim=1)
-    targets = torch.where(rows, lesson.first_ids, IGNORED)[:, None]
+    targets = torch.where(rows, lesson.first, IGNORED)[:, None]
     nothing = reader.heads_apart(torch.zeros_like(state.residual))
     _, _, _, errors = _errors(reader, norm, head_pass, state.residual, nothing, targets, None)
     moved, sharpened = reader.gains(state.weights, errors)
