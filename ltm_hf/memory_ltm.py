@@ -289,8 +289,8 @@ class Thought(NamedTuple):
     """What reading a text gave, without a graph.
 
     residual: (B, S, D), with what was read, before the decoder's last norm. nats: (B, S), of the targets.
-    gradient: (B, S, D), of the nats, after that norm. errors: (B, K, H, C, d). start, state: before and after the text;
-        the latter None where nobody asked.
+    gradient: (B, S, D), of the nats, after that norm. errors: (B, K, H, C, d). start, state: as the first chunk reads
+        it, and after the text; the latter None where nobody asked.
     """
 
     residual: torch.Tensor
@@ -298,7 +298,7 @@ class Thought(NamedTuple):
     gradient: torch.Tensor
     errors: torch.Tensor
     grid: Grid
-    start: torch.Tensor
+    start: MemoryState
     state: MemoryState | None
 
 
@@ -322,7 +322,6 @@ def think(
     """
     mask = lesson.mask
     begun = isinstance(state, MemoryState)
-    start = torch.cat((state.mean, state.precision), dim=-1) if begun else state
     offset = state.count % reader.chunk if begun else None
     if begun:
         state = _close(reader, norm, head_pass, state, lesson)
@@ -334,13 +333,14 @@ def think(
     writing = grid.chunks(lesson.writes)
     scored = None if scores is None else grid.chunks(scores)
     noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
-    found = []
+    found, start = [], None
     for number in range(grid.num_chunks):
         begins = grid.begins(number)
         if begins is True:
             state = state.committed() if number else state
         else:
             state = state.committed().where(begins, state)
+        start = start or state
         read = read_of(reader, weights[:, number], state, None if noise is None else noise[:, number])
         residual, nats, gradient, errors = _errors(
             reader, norm, head_pass, hidden[:, number], read, wanted[:, number],
@@ -413,16 +413,18 @@ def _left_open(state, weights, residual, mask) -> MemoryState:
 def relive(
     reader: MemoryReader, hidden_states: torch.Tensor, thought: Thought, noise: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The residual stream (B, S, D) of `think`, of a text from its beginning, with a graph; the errors are constants.
+    """The residual stream (B, S, D) of `think`, with a graph; the errors are constants, and so is where it started.
 
     All chunks at once: with the errors known, what each reads is a sum over those before.
     """
-    grid = thought.grid
+    grid, start = thought.grid, thought.start
     weights = grid.chunks(reader.weights(hidden_states).transpose(1, 2)).transpose(2, 3)
     moved, sharpened = reader.gains(weights, thought.errors)
-    after = thought.start[:, None, ..., -1:] + sharpened.cumsum(dim=1)
+    moved[:, 0] += start.moved
+    sharpened[:, 0] += start.sharpened
+    after = start.precision[:, None] + sharpened.cumsum(dim=1)
     steps = moved / after
-    before = _Moments(thought.start[:, None, ..., :-1] + steps.cumsum(dim=1) - steps, after - sharpened)
+    before = _Moments(start.mean[:, None] + steps.cumsum(dim=1) - steps, after - sharpened)
     noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
     read = read_of(reader, weights, before, noise)  # (B, K, H, C, d)
     return reader.add(hidden_states, grid.tokens(read.transpose(2, 3)).transpose(1, 2))

@@ -254,3 +254,21 @@ def test_gradients_are_those_of_the_definition_with_errors_as_constants(make_mem
         else:
             scale = naive.doubles[name].grad.abs().max()
             close(parameter.grad / scale, naive.doubles[name].grad / scale)
+
+
+def test_gradients_of_a_piece_are_those_of_its_tokens_in_the_whole(make_memory, texts, make_noise):
+    """What came before the piece is a constant."""
+    model, (hidden, ids) = make_memory(4), texts
+    mask, direction = torch.ones_like(ids), make_noise(3, LENGTH, 32, seed=2)
+    mask[1, :4] = 0
+    gradients = []
+    for cut in (0, 6):
+        state = read_text(model, hidden[:, :cut], ids[:, :cut], mask[:, :cut]).state if cut else None
+        piece = hidden[:, cut:].clone().requires_grad_()
+        thought = read_text(model, piece, ids[:, cut:], mask, state)
+        residual = relive(model.model.reader, piece, thought)
+        close(residual[mask[:, cut:].bool()], thought.residual[mask[:, cut:].bool()], 1e-5)
+        (residual * direction[:, cut:])[:, 6 - cut :].sum().backward()
+        gradients.append(piece.grad[:, 6 - cut :])
+    close(*gradients)
+    assert (gradients[0] - direction[:, 6:]).abs().max() > 0.1
