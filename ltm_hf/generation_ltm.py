@@ -402,6 +402,10 @@ class LTMGenerationMixin(GenerationMixin):
             return
         if (latents := model_kwargs.get("latent_key_values")) is not None:  # a compiled forward could not
             keep_latents(cache, latent_key_values=latents)
+        elif self.config.has_memory:  # a layer that can take it back, as drafts that are not accepted ask for
+            keep_latents(cache, **kept_latents(cache))
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
 
         def new_cache(latent_key_values):
             fresh = {"latent_key_values": latent_key_values}

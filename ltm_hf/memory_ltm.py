@@ -178,6 +178,31 @@ def prior_state(config: LTMConfig, rows: int, device=None) -> torch.Tensor:
     return start
 
 
+def check_memory(config: LTMConfig, memory, input_ids, latents, **given: torch.Tensor | None) -> None:
+    """Raise a ValueError for what goes with a memory and has none to go with, or does not fit to the tokens.
+
+    memory: what the cache holds, or latent_state. given: `latent_state`, `latent_noise`, `latent_writes`, or None.
+    """
+    given = {name: x for name, x in given.items() if x is not None}
+    if given and (memory is None or not config.has_memory):
+        raise ValueError(f"{next(iter(given))} is of a memory: it needs latent_reader='memory' and a latent_state.")
+    if memory is None:
+        return
+    if input_ids is None:
+        raise ValueError("A memory learns from token ids: pass input_ids (inputs_embeds alone has none).")
+    if latents is not None:
+        raise ValueError("A memory holds its latents: only one of latents and latent_state can be given.")
+    heads, shape = config.num_attention_heads, tuple(input_ids.shape)
+    shapes = {
+        "latent_state": (shape[0], heads, config.num_latents, config.hidden_size // heads + 1),
+        "latent_noise": (*shape, config.hidden_size),
+        "latent_writes": shape,
+    }
+    for name, x in given.items():
+        if x.shape != shapes[name]:
+            raise ValueError(f"{name} must have the shape {shapes[name]}, got {tuple(x.shape)}.")
+
+
 def state_of(posterior: LatentPosterior, heads: int) -> torch.Tensor:
     """(B, H, N, d + 1): where a memory starts that holds a posterior (B, 1, N, D); a point counts as of precision 1."""
     mean, log_variance = (
@@ -283,6 +308,20 @@ class Lesson(NamedTuple):
         first = learned[:, 0] if mask is None else learned.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
         writes = known if writes is None else known & F.pad(writes[:, 1:], (0, 1)).bool()
         return cls(targets, writes, is_scored, mask, first)
+
+    def until(self, length: int) -> "Lesson":
+        """Of so many tokens of the text, the last of which is followed by none that is known."""
+
+        def known(states, fill):
+            return F.pad(states[:, : length - 1], (0, 1), value=fill)
+
+        mask = None if self.mask is None else self.mask[:, :length]
+        targets, writes, is_scored = (
+            known(self.targets, IGNORED),
+            known(self.writes, False),
+            known(self.is_scored, False),
+        )
+        return Lesson(targets, writes, is_scored, mask, self.first)
 
 
 class Thought(NamedTuple):
