@@ -309,6 +309,11 @@ class Lesson(NamedTuple):
         writes = known if writes is None else known & F.pad(writes[:, 1:], (0, 1)).bool()
         return cls(targets, writes, is_scored, mask, first)
 
+    @property
+    def scored(self) -> torch.Tensor:
+        """(B, S): the targets that are scored."""
+        return self.targets.masked_fill(~self.is_scored, IGNORED)
+
     def until(self, length: int) -> "Lesson":
         """Of so many tokens of the text, the last of which is followed by none that is known."""
 

@@ -449,13 +449,15 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             known = targets is not None and not torch.compiler.is_compiling()
             return outputs._replace(scored=Scored.of(targets.to(outputs.hidden_states.device)) if known else None)
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
-        if targets is None and labels is not None and loss_reduction is not None:
+        if targets is None and labels is not None and (loss_reduction is not None or memory is not None):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if memory is not None:
+            lesson = Lesson.of(input_ids, attention_mask, targets, latent_writes)
+            targets = lesson.scored if scores else None
             asked = loss_reduction if plain_loss and not of_loss.keys() - {"num_items_in_batch"} else None
             hidden_states, loss = self._remember(
-                hidden_states, memory, getattr(outputs, CACHE), input_ids, attention_mask, targets, latent_noise,
-                latent_writes, of_loss.get("num_items_in_batch"), asked,
+                hidden_states, memory, lesson, latent_noise, getattr(outputs, CACHE),
+                of_loss.get("num_items_in_batch"), asked,
             )  # fmt: skip
         if loss is not None:
             pass
@@ -486,14 +488,13 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
 
     @torch.compiler.disable
     def _remember(
-        self, hidden_states, memory, cache, input_ids, attention_mask, targets, noise, writes, num_items, reduction
+        self, hidden_states, memory, lesson: Lesson, noise, cache, num_items, reduction
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (B, S, D) of tokens that read the memory of all before them, and the loss if one is asked for.
 
         The cache, if there is one, gets the memory after them.
         """
         reader, norm = self.model.reader, self.model.norm
-        lesson = Lesson.of(input_ids, attention_mask, targets, writes)
         scores = None
         if reduction == "mean":
             scores = lesson.is_scored / (lesson.is_scored.sum() if num_items is None else num_items)
@@ -509,7 +510,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
                 return think(reader, norm, *given, noise=drawn, keep=True).state
 
             keep_latents(cache, memory=thought.state)
-            record_call(cache, input_ids.shape[1], memory, after)
+            record_call(cache, hidden_states.shape[1], memory, after)
         learning = torch.is_grad_enabled()
         residual = relive(reader, hidden_states, thought, noise) if learning else thought.residual
         states = norm(residual)
