@@ -187,7 +187,10 @@ def test_padding_adds_nothing_and_shifts_no_chunk(make_memory, texts, make_noise
     for row, length in enumerate(lengths):
         first = {"left": width - length, "right": 0, "both": 3}[side]
         if length:
-            states[row, first : first + length], tokens[row, first : first + length] = hidden[row, :length], ids[row, :length]
+            states[row, first : first + length], tokens[row, first : first + length] = (
+                hidden[row, :length],
+                ids[row, :length],
+            )
         mask[row, first : first + length] = 1
     thought = read_text(model, states, tokens, mask, noise=noise)
     for row, length in enumerate(lengths[:-1]):
