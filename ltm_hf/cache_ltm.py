@@ -57,13 +57,41 @@ def _with_latents(cls: type) -> type:
     class LayerWithLatents(cls):
         # {"latents": (B, …)} or {"latent_key_values": (B, …)}, as `forward` takes them, or {"memory": MemoryState}.
         latents = {}
+        # Of each call since the last crop: its tokens, the memory before them, and a function to that after some.
+        calls = ()
 
         def __reduce__(self):
-            return _empty_layer, (cls,), self.__dict__
+            return _empty_layer, (cls,), self.__dict__ | {"calls": ()}
 
         def _each(self, choose) -> None:
             rows = {name: getattr(x, "rows", None) or partial(_apply, x) for name, x in self.latents.items()}
-            self.latents = {name: of(choose) for name, of in rows.items()}
+            self.latents, self.calls = {name: of(choose) for name, of in rows.items()}, ()
+
+        def activate_past_recording(self):
+            if hasattr(super(), "activate_past_recording"):  # else attention is full, and loses nothing
+                super().activate_past_recording()
+            self.record_past = True
+
+        def crop(self, tokens_to_remove):
+            kept = self.get_seq_length() - tokens_to_remove  # of 5.17, which takes how many to keep as well
+            self.latents = self._before_last(kept if tokens_to_remove > 0 else -tokens_to_remove)
+            super().crop(tokens_to_remove)
+            self.calls = ()
+
+        def _before_last(self, tokens: int) -> dict:
+            """The latents as they were before so many of the last tokens, from which a memory has learned."""
+            if "memory" not in self.latents or tokens <= 0:
+                return self.latents
+            read = sum(length for length, *_ in self.calls)
+            if tokens > read:
+                raise ValueError(
+                    f"A memory can forget what was read since activate_past_recording() and the last crop(), {read} "
+                    f"tokens, not {tokens}."
+                )
+            for length, before, after in reversed(self.calls):
+                if tokens <= length:
+                    return {"memory": after(length - tokens) if tokens < length else before}
+                tokens -= length
 
         def reorder_cache(self, beam_idx):
             super().reorder_cache(beam_idx)
@@ -79,7 +107,7 @@ def _with_latents(cls: type) -> type:
 
         def reset(self):
             super().reset()
-            self.latents = {}
+            self.latents, self.calls = {}, ()
 
     LayerWithLatents.__name__ = LayerWithLatents.__qualname__ = f"{cls.__name__}WithLatents"
     return LayerWithLatents
@@ -103,6 +131,13 @@ def keep_latents(cache: Cache, **latents: torch.Tensor) -> None:
     if not hasattr(layer, "latents"):
         layer.__class__ = _with_latents(type(layer))
     layer.latents = latents
+
+
+def record_call(cache: Cache, num_tokens: int, before, after) -> None:
+    """Let a cache that is to be cropped take its memory back: to `before` a call, or `after(n)` of its tokens."""
+    layer = cache.layers[0] if cache.layers else None
+    if getattr(layer, "record_past", False):
+        layer.calls = (*layer.calls, (num_tokens, before, after))
 
 
 def kept_latents(cache: Cache | None) -> dict[str, torch.Tensor]:

@@ -28,6 +28,14 @@ _FOLLOWS = {
     "latent_position_stride": {"num_latents"},
     "inference_kl_weight": {"latent_reader"},
 }
+# What settings of inference must be with a memory, whose steps are in closed form.
+_OF_MEMORY = {
+    "inference_method": "natural",
+    "inference_learning_rate": None,
+    "inference_lr_schedule": None,
+    "inference_noise": "fresh",
+    "inference_tolerance": None,
+}
 # Numbers of any size that cannot work, and what they must be.
 _RANGES = (
     ("initializer_range", lambda x: x >= 0, "0 or more and finite"),
@@ -79,9 +87,14 @@ class InferenceSettings:
     def of(cls, config, **overrides) -> "InferenceSettings":
         """The settings of `config` (anything with these attributes), with the overrides that are not None.
 
-        A step size and its schedule are of a method: a call that asks for another takes that one's own.
+        A step size and its schedule are of a method: a call that asks for another takes that one's own. A memory infers
+        in closed form, as it has learned to: a call can ask for other steps, and ValueError names all else.
         """
         overrides = {name: value for name, value in overrides.items() if value is not None}
+        if getattr(config, "has_memory", False):
+            for name, value in overrides.items():
+                if name != "num_inference_steps" and value != getattr(config, name):
+                    raise ValueError(f"{name} is not a memory's to choose at each call: it infers in closed form.")
         settings = {field.name: getattr(config, field.name) for field in fields(cls)}
         if overrides.get("inference_method", config.inference_method) != config.inference_method:
             settings |= {"inference_learning_rate": None, "inference_lr_schedule": None}
@@ -300,10 +313,11 @@ class LTMConfig(PreTrainedConfig):
     def _check_memory(self):
         if self.latent_layers is not None:
             raise ValueError("latent_layers is for latent_reader='paper': a memory is read after the last layer.")
-        if self.inference_method != "natural":
-            raise ValueError(
-                f"latent_reader='memory' infers by inference_method='natural' alone, got {self.inference_method!r}."
-            )
+        for name, fixed in _OF_MEMORY.items():
+            if getattr(self, name) != fixed:
+                raise ValueError(
+                    f"latent_reader='memory' infers in closed form, with {name}={fixed!r}; got {getattr(self, name)!r}."
+                )
         if self.latent_gate_init is None:
             raise ValueError("latent_gate_init must be a number for latent_reader='memory', which is read by a gate.")
         if self.hidden_size % self.num_attention_heads:

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .cache_ltm import CACHE, CacheByBothNames, check_filled_with_latents, keep_latents, kept_latents, the_cache
@@ -319,13 +320,20 @@ class LTMGenerationMixin(GenerationMixin):
             kwargs["latent_noise"] = torch.zeros(len(input_ids), 0, self.config.hidden_size)  # drawn at each token
         return input_ids, kwargs
 
+    def create_masks_for_generate(self, *args, attention_mask=None, **kwargs):
+        """As transformers', which makes masks for a forward that is compiled whole; a memory is told the real tokens."""
+        if self.config.has_memory:
+            return attention_mask
+        return create_masks_for_generate(*args, attention_mask=attention_mask, **kwargs)
+
     def _memory_inputs(self, inputs: dict, latent_noise, latent_writes) -> dict:
-        """What goes with the tokens of one forward pass."""
-        tokens = inputs.get("input_ids")
+        """What goes with the tokens of one forward pass: `latent_writes` of the prompt; each token after it writes."""
+        tokens, cache = inputs.get("input_ids"), inputs.get(CACHE)
         if latent_writes is not None:
-            length = inputs["attention_mask"].shape[1] if "attention_mask" in inputs else tokens.shape[1]
-            writes = F.pad(latent_writes, (0, length - latent_writes.shape[1]), value=True)
-            inputs["latent_writes"] = writes[:, -tokens.shape[1] :]
+            first = 0 if cache is None else int(cache.get_seq_length())
+            last = first + tokens.shape[1]
+            writes = F.pad(latent_writes, (0, max(0, last - latent_writes.shape[1])), value=True)
+            inputs["latent_writes"] = writes[:, first:last]
         if latent_noise is not None:
             inputs["latent_noise"] = torch.randn(*tokens.shape, self.config.hidden_size, device=tokens.device)
         return inputs
@@ -402,6 +410,10 @@ class LTMGenerationMixin(GenerationMixin):
             return
         if (latents := model_kwargs.get("latent_key_values")) is not None:  # a compiled forward could not
             keep_latents(cache, latent_key_values=latents)
+        elif self.config.has_memory:  # a layer that can take it back, as drafts that are not accepted ask for
+            keep_latents(cache, **kept_latents(cache))
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
 
         def new_cache(latent_key_values):
             fresh = {"latent_key_values": latent_key_values}

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import MethodType
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ from transformers.utils import logging
 from .cache_ltm import CACHE, kept_latents
 from .configuration_ltm import InferenceSettings, whole_number
 from .likelihood_ltm import Text, before_latents, negative_log_likelihood, read
-from .memory_ltm import prior_state, state_of
+from .memory_ltm import MemoryState, prior_state, state_of
 from .methods_ltm import InferenceMethod, method_of, step_size
 from .posterior_ltm import FIT, LatentPosterior, check_posterior, keyed_normal
 
@@ -294,8 +295,8 @@ def _counted(posterior: LatentPosterior) -> LatentPosterior:
 
 def _check(config, settings: InferenceSettings, text: Text, initial_posterior, epsilon) -> None:
     method, shape = method_of(settings), (len(text.input_ids), *config.latent_shape)
-    if config.has_memory and settings.inference_method != "natural":
-        raise ValueError(f"A memory infers by inference_method='natural', got {settings.inference_method!r}.")
+    if config.has_memory and epsilon is not None:
+        raise ValueError("epsilon is noise for steps of inference, and a memory infers without any.")
     if initial_posterior is not None:
         check_posterior(initial_posterior, name="initial_posterior")
         if not method.takes_steps:
@@ -393,57 +394,75 @@ class _Fit:
 
 
 def _remembered(decoder, text: Text, settings: InferenceSettings, initial, callback) -> LatentPosterior:
-    """What a memory holds after a text: reading it once is the first step, in closed form (see memory_ltm).
+    """What a memory holds after a text: reading it once is the first step, in closed form (see memory_ltm)."""
+    steps, rows, device = settings.num_inference_steps, len(text.input_ids), text.input_ids.device
+    trace = []
 
-    A further step is mean ← mean - ρ (mean + g/κ)/precision, with all errors at the mean of now, and the precision that
-    reading gave. Where it raises what inference lowers, -log p(x|mean) + κ|mean|²/2, it is taken back and ρ halved.
-    """
-    rows, device, heads = len(text.input_ids), text.input_ids.device, decoder.config.num_attention_heads
-    start = prior_state(decoder.config, rows, device) if initial is None else state_of(initial, heads)
-    if not settings.num_inference_steps:
-        zeros = torch.zeros(rows, *decoder.config.latent_shape, device=device)
-        return initial or LatentPosterior(zeros, zeros.clone(), zeros.new_zeros((0, rows)), text.keys)
-    with torch.no_grad():
-        output = decoder(
-            input_ids=text.input_ids, attention_mask=text.mask, shift_labels=text.targets, loss_reduction="none",
-            latent_state=start, latent_writes=F.pad(text.is_scored[:, :-1], (1, 0)), use_cache=True,
-        )  # fmt: skip
-        read_once = kept_latents(getattr(output, CACHE))["memory"].posterior(text.keys)
-    trace = [-output.loss.sum(dim=1)]
-    if callback is not None:
-        callback(0, read_once.mean, trace[0])
-    mean, log_variance = read_once.mean, read_once.log_variance
-    mean = _refined(decoder, text, settings, mean, log_variance, trace, callback)
-    finite = _rows((mean + log_variance).flatten(start_dim=1).isfinite().all(dim=1))
-    mean, log_variance = (torch.where(finite, x, 0.0) for x in (mean, log_variance))
-    return _counted(LatentPosterior(mean, log_variance, torch.stack(trace), text.keys, int((~finite).sum())))
+    def note(nll, mean):
+        trace.append(-nll)
+        if callback is not None:
+            callback(len(trace) - 1, mean, trace[-1])
 
-
-def _refined(decoder, text, settings, mean, log_variance, trace, callback) -> torch.Tensor:
-    weight, rate = settings.inference_kl_weight, mean.new_ones(len(mean), 1, 1, 1)
-    best, least, move = mean, None, None
-    for step in range(1, settings.num_inference_steps + 1):
-        if settings.num_inference_steps == 1:
-            break
-        latents = mean.detach().requires_grad_()
-        with torch.enable_grad():
-            nll = negative_log_likelihood(decoder, text, latents)
-            (gradient,) = torch.autograd.grad(nll.sum(), latents)
+    if initial is None:
+        state = prior_state(decoder.config, rows, device)
+        posterior = MemoryState.of(state, decoder.config.hidden_size).posterior()
+    else:
+        state, posterior = state_of(initial, decoder.config.num_attention_heads), initial
+    if steps:
         with torch.no_grad():
-            objective = nll + weight * mean.square().flatten(start_dim=1).sum(dim=1) / 2
-            better = torch.ones_like(objective, dtype=torch.bool) if least is None else objective <= least
-            least = objective if least is None else torch.where(better, objective, least)
-            rate = torch.where(_rows(better), rate, rate / 2)
-            now = (mean + gradient / weight) * log_variance.exp()
-            move = now if move is None else torch.where(_rows(better), now, move)
-            best = torch.where(_rows(better), mean, best)
-            if step == settings.num_inference_steps:
-                break
-            trace.append(-nll)
-            if callback is not None:
-                callback(step, mean, trace[-1])
-            mean = best - rate * move
-    return best
+            output = decoder(
+                input_ids=text.input_ids, attention_mask=text.mask, shift_labels=text.targets, loss_reduction="none",
+                latent_state=state, latent_writes=F.pad(text.is_scored[:, :-1], (1, 0)), use_cache=True,
+            )  # fmt: skip
+        posterior = kept_latents(getattr(output, CACHE))["memory"].posterior()
+        note(output.loss.sum(dim=1), posterior.mean)
+    mean, log_variance = posterior.mean, posterior.log_variance
+    if steps > 1:
+        mean = _refined(decoder, text, settings, mean, log_variance.exp(), note)
+    finite = (mean + log_variance).flatten(start_dim=1).isfinite().all(dim=1)
+    keep = _rows(finite & (text.num_tokens > 0))
+    mean, log_variance = (torch.where(keep, x, 0.0) for x in (mean, log_variance))
+    trace = torch.stack(trace) if trace else mean.new_zeros((0, rows))
+    return _counted(LatentPosterior(mean, log_variance, trace, text.keys, int((~finite).sum())))
+
+
+class _Point(NamedTuple):
+    """Where further steps of a memory are. objective: (B,) nats, -log p(x|mean) + κ|mean|²/2."""
+
+    mean: torch.Tensor
+    objective: torch.Tensor
+    nll: torch.Tensor
+    gradient: torch.Tensor  # (mean + g/κ)
+
+    @classmethod
+    def at(cls, decoder, text: Text, mean: torch.Tensor, kl_weight: float) -> "_Point":
+        mean = mean.detach().requires_grad_()
+        nll = negative_log_likelihood(decoder, text, mean)
+        (gradient,) = torch.autograd.grad(nll.sum(), mean)
+        mean, nll = mean.detach(), nll.detach()
+        objective = nll + kl_weight * mean.square().flatten(start_dim=1).sum(dim=1) / 2
+        return cls(mean, objective, nll, mean + gradient / kl_weight)
+
+    def where(self, rows: torch.Tensor, other: "_Point") -> "_Point":
+        """The other's rows where `rows` (B,) is False."""
+        return _Point(
+            *(torch.where(_rows(rows) if a.ndim == 4 else rows, a, b) for a, b in zip(self, other, strict=True))
+        )
+
+
+def _refined(decoder, text: Text, settings, mean, variance, note) -> torch.Tensor:
+    """The mean after further steps: mean ← mean - ρ (mean + g/κ)/precision, with all errors at the mean of now.
+
+    The precision is what reading gave. A step that raises what inference lowers is not taken; then ρ, 1 before, halves.
+    """
+    weight, rate = settings.inference_kl_weight, mean.new_ones(len(mean))
+    best = _Point.at(decoder, text, mean, weight)
+    for _ in range(settings.num_inference_steps - 1):
+        note(best.nll, best.mean)
+        tried = _Point.at(decoder, text, best.mean - _rows(rate) * best.gradient * variance, weight)
+        better = tried.objective <= best.objective
+        best, rate = tried.where(better, best), torch.where(better, rate, rate / 2)
+    return best.mean
 
 
 __all__ = ["amortized_posterior", "infer_posterior"]

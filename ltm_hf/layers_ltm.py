@@ -138,3 +138,27 @@ class LTMDecoderLayer(GradientCheckpointingLayer):
             )
             hidden_states = hidden_states + self.cross_attention_gate(thought)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+def check_latents(config: LTMConfig, latents: torch.Tensor, batch_size: int | None = None) -> None:
+    """Raise a ValueError unless `latents` is (B, L, N, D) for this config (and this batch size)."""
+    if not config.num_latents:
+        raise ValueError("This model was built with num_latents=0 and takes no latents.")
+    batch = "batch" if batch_size is None else batch_size
+    if latents.shape[1:] != config.latent_shape or batch_size not in (None, latents.shape[0]):
+        raise ValueError(
+            f"latents must have the shape {(batch, *config.latent_shape)} (batch, layers, latents a layer, hidden), "
+            f"got {tuple(latents.shape)}."
+        )
+
+
+def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, batch_size: int) -> None:
+    """Raise a ValueError unless `latent_key_values` is (B, L, 2, K, N, d); tensor parallelism decides on K."""
+    if not config.num_latents:
+        raise ValueError("This model was built with num_latents=0 and takes no latents.")
+    shape = (batch_size, len(config.reading_layers), 2)
+    if latent_key_values.ndim != 6 or latent_key_values.shape[:3] != shape:
+        raise ValueError(
+            f"latent_key_values must be from project_latents, of the shape {shape} (batch, layers, 2) and (key-value "
+            f"heads, latents a layer, head), got {tuple(latent_key_values.shape)}."
+        )

@@ -178,6 +178,31 @@ def prior_state(config: LTMConfig, rows: int, device=None) -> torch.Tensor:
     return start
 
 
+def check_memory(config: LTMConfig, memory, input_ids, latents, **given: torch.Tensor | None) -> None:
+    """Raise a ValueError for what goes with a memory and has none to go with, or does not fit to the tokens.
+
+    memory: what the cache holds, or latent_state. given: `latent_state`, `latent_noise`, `latent_writes`, or None.
+    """
+    given = {name: x for name, x in given.items() if x is not None}
+    if given and (memory is None or not config.has_memory):
+        raise ValueError(f"{next(iter(given))} is of a memory: it needs latent_reader='memory' and a latent_state.")
+    if memory is None:
+        return
+    if input_ids is None:
+        raise ValueError("A memory learns from token ids: pass input_ids (inputs_embeds alone has none).")
+    if latents is not None:
+        raise ValueError("A memory holds its latents: only one of latents and latent_state can be given.")
+    heads, shape = config.num_attention_heads, tuple(input_ids.shape)
+    shapes = {
+        "latent_state": (shape[0], heads, config.num_latents, config.hidden_size // heads + 1),
+        "latent_noise": (*shape, config.hidden_size),
+        "latent_writes": shape,
+    }
+    for name, x in given.items():
+        if x.shape != shapes[name]:
+            raise ValueError(f"{name} must have the shape {shapes[name]}, got {tuple(x.shape)}.")
+
+
 def state_of(posterior: LatentPosterior, heads: int) -> torch.Tensor:
     """(B, H, N, d + 1): where a memory starts that holds a posterior (B, 1, N, D); a point counts as of precision 1."""
     mean, log_variance = (
@@ -258,14 +283,15 @@ class Lesson(NamedTuple):
     """What a memory is to learn of a text, (B, S) each.
 
     targets: the token after each, or the label of it where it is scored; -100 where none is known. writes: bool, whose
-    errors the memory takes. is_scored: bool. mask: bool, real tokens, or None for all. first_ids: (B,), of each row.
+    errors the memory takes. is_scored: bool. mask: bool, real tokens, or None for all. first: (B,), each row's first
+        token, -100 where it may not be learned from.
     """
 
     targets: torch.Tensor
     writes: torch.Tensor
     is_scored: torch.Tensor
     mask: torch.Tensor | None
-    first_ids: torch.Tensor
+    first: torch.Tensor
 
     @classmethod
     def of(cls, input_ids, attention_mask=None, scored=None, writes=None) -> "Lesson":
@@ -275,21 +301,40 @@ class Lesson(NamedTuple):
         targets = F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
         if mask is not None:
             targets = targets.masked_fill(~(mask & F.pad(mask[:, 1:], (0, 1))), IGNORED)
-        known, first_ids = targets != IGNORED, input_ids[:, 0]
+        known = targets != IGNORED
         is_scored = known if scored is None else known & (scored != IGNORED)
         targets = targets if scored is None else torch.where(is_scored, scored, targets)
+        learned = input_ids if writes is None else input_ids.masked_fill(~writes.bool(), IGNORED)
+        first = learned[:, 0] if mask is None else learned.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
         writes = known if writes is None else known & F.pad(writes[:, 1:], (0, 1)).bool()
-        if mask is not None:
-            first_ids = input_ids.gather(1, mask.int().argmax(dim=1, keepdim=True)).squeeze(1)
-        return cls(targets, writes, is_scored, mask, first_ids)
+        return cls(targets, writes, is_scored, mask, first)
+
+    @property
+    def scored(self) -> torch.Tensor:
+        """(B, S): the targets that are scored."""
+        return self.targets.masked_fill(~self.is_scored, IGNORED)
+
+    def until(self, length: int) -> "Lesson":
+        """Of so many tokens of the text, the last of which is followed by none that is known."""
+
+        def known(states, fill):
+            return F.pad(states[:, : length - 1], (0, 1), value=fill)
+
+        mask = None if self.mask is None else self.mask[:, :length]
+        targets, writes, is_scored = (
+            known(self.targets, IGNORED),
+            known(self.writes, False),
+            known(self.is_scored, False),
+        )
+        return Lesson(targets, writes, is_scored, mask, self.first)
 
 
 class Thought(NamedTuple):
     """What reading a text gave, without a graph.
 
     residual: (B, S, D), with what was read, before the decoder's last norm. nats: (B, S), of the targets.
-    gradient: (B, S, D), of the nats, after that norm. errors: (B, K, H, C, d). start, state: before and after the text;
-        the latter None where nobody asked.
+    gradient: (B, S, D), of the nats, after that norm. errors: (B, K, H, C, d). start, state: as the first chunk reads
+        it, and after the text; the latter None where nobody asked.
     """
 
     residual: torch.Tensor
@@ -297,7 +342,7 @@ class Thought(NamedTuple):
     gradient: torch.Tensor
     errors: torch.Tensor
     grid: Grid
-    start: torch.Tensor
+    start: MemoryState
     state: MemoryState | None
 
 
@@ -321,7 +366,6 @@ def think(
     """
     mask = lesson.mask
     begun = isinstance(state, MemoryState)
-    start = torch.cat((state.mean, state.precision), dim=-1) if begun else state
     offset = state.count % reader.chunk if begun else None
     if begun:
         state = _close(reader, norm, head_pass, state, lesson)
@@ -333,13 +377,14 @@ def think(
     writing = grid.chunks(lesson.writes)
     scored = None if scores is None else grid.chunks(scores)
     noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
-    found = []
+    found, start = [], None
     for number in range(grid.num_chunks):
         begins = grid.begins(number)
         if begins is True:
             state = state.committed() if number else state
         else:
             state = state.committed().where(begins, state)
+        start = start or state
         read = read_of(reader, weights[:, number], state, None if noise is None else noise[:, number])
         residual, nats, gradient, errors = _errors(
             reader, norm, head_pass, hidden[:, number], read, wanted[:, number],
@@ -384,7 +429,7 @@ def _errors(reader, norm, head_pass, hidden, read, targets, scores):
 def _close(reader, norm, head_pass, state, lesson: Lesson) -> MemoryState:
     """With the error of the last token read, now that the next one is known."""
     rows = state.open if lesson.mask is None else state.open & lesson.mask.any(dim=1)
-    targets = torch.where(rows, lesson.first_ids, IGNORED)[:, None]
+    targets = torch.where(rows, lesson.first, IGNORED)[:, None]
     nothing = reader.heads_apart(torch.zeros_like(state.residual))
     _, _, _, errors = _errors(reader, norm, head_pass, state.residual, nothing, targets, None)
     moved, sharpened = reader.gains(state.weights, errors)
@@ -412,16 +457,18 @@ def _left_open(state, weights, residual, mask) -> MemoryState:
 def relive(
     reader: MemoryReader, hidden_states: torch.Tensor, thought: Thought, noise: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The residual stream (B, S, D) of `think`, of a text from its beginning, with a graph; the errors are constants.
+    """The residual stream (B, S, D) of `think`, with a graph; the errors are constants, and so is where it started.
 
     All chunks at once: with the errors known, what each reads is a sum over those before.
     """
-    grid = thought.grid
+    grid, start = thought.grid, thought.start
     weights = grid.chunks(reader.weights(hidden_states).transpose(1, 2)).transpose(2, 3)
     moved, sharpened = reader.gains(weights, thought.errors)
-    after = thought.start[:, None, ..., -1:] + sharpened.cumsum(dim=1)
+    moved[:, 0] += start.moved
+    sharpened[:, 0] += start.sharpened
+    after = start.precision[:, None] + sharpened.cumsum(dim=1)
     steps = moved / after
-    before = _Moments(thought.start[:, None, ..., :-1] + steps.cumsum(dim=1) - steps, after - sharpened)
+    before = _Moments(start.mean[:, None] + steps.cumsum(dim=1) - steps, after - sharpened)
     noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
     read = read_of(reader, weights, before, noise)  # (B, K, H, C, d)
     return reader.add(hidden_states, grid.tokens(read.transpose(2, 3)).transpose(1, 2))

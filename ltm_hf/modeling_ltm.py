@@ -34,15 +34,30 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_ltm import BANDED_SDPA
-from .cache_ltm import CACHE, CacheByBothNames, check_filled_with_latents, keep_latents, kept_latents, the_cache
+from .cache_ltm import (
+    CACHE,
+    CacheByBothNames,
+    check_filled_with_latents,
+    keep_latents,
+    kept_latents,
+    record_call,
+    the_cache,
+)
 from .configuration_ltm import LTMConfig
 from .encoder_ltm import LTMEncoder
 from .generation_ltm import LTMGenerationMixin
 from .inference_ltm import infer_posterior
-from .layers_ltm import SELF_ATTENTIONS, LTMCrossAttention, LTMDecoderLayer, LTMGate
+from .layers_ltm import (
+    SELF_ATTENTIONS,
+    LTMCrossAttention,
+    LTMDecoderLayer,
+    LTMGate,
+    check_latent_key_values,
+    check_latents,
+)
 from .likelihood_ltm import elbo
 from .losses_ltm import IGNORED, HeadPass, KnownLoss, Scored, mean_loss, token_losses
-from .memory_ltm import Lesson, LTMAddresses, LTMScales, MemoryReader, relive, think
+from .memory_ltm import Lesson, LTMAddresses, LTMScales, MemoryReader, check_memory, relive, think
 from .posterior_ltm import sample_prior
 
 # Arguments of `forward` that are for others: transformers' decorators, and attention functions with **kwargs.
@@ -330,30 +345,6 @@ def _keep(cache: Cache, latents, latent_key_values) -> None:
         keep_latents(cache, latent_key_values=latent_key_values)
 
 
-def check_latents(config: LTMConfig, latents: torch.Tensor, batch_size: int | None = None) -> None:
-    """Raise a ValueError unless `latents` is (B, L, N, D) for this config (and this batch size)."""
-    if not config.num_latents:
-        raise ValueError("This model was built with num_latents=0 and takes no latents.")
-    batch = "batch" if batch_size is None else batch_size
-    if latents.shape[1:] != config.latent_shape or batch_size not in (None, latents.shape[0]):
-        raise ValueError(
-            f"latents must have the shape {(batch, *config.latent_shape)} (batch, layers, latents a layer, hidden), "
-            f"got {tuple(latents.shape)}."
-        )
-
-
-def check_latent_key_values(config: LTMConfig, latent_key_values: torch.Tensor, batch_size: int) -> None:
-    """Raise a ValueError unless `latent_key_values` is (B, L, 2, K, N, d); tensor parallelism decides on K."""
-    if not config.num_latents:
-        raise ValueError("This model was built with num_latents=0 and takes no latents.")
-    shape = (batch_size, len(config.reading_layers), 2)
-    if latent_key_values.ndim != 6 or latent_key_values.shape[:3] != shape:
-        raise ValueError(
-            f"latent_key_values must be from project_latents, of the shape {shape} (batch, layers, 2) and (key-value "
-            f"heads, latents a layer, head), got {tuple(latent_key_values.shape)}."
-        )
-
-
 class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
     """A causal language model that takes one more input, `latents`, and can infer it from tokens."""
 
@@ -438,6 +429,8 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             )
         cache = the_cache(cache, past_key_values)
         memory = None if _is_paged(cache) else kept_latents(cache).get("memory", latent_state)
+        check_memory(self.config, memory, input_ids, latents, latent_state=latent_state, latent_noise=latent_noise,
+                     latent_writes=latent_writes)  # fmt: skip
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -456,13 +449,15 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             known = targets is not None and not torch.compiler.is_compiling()
             return outputs._replace(scored=Scored.of(targets.to(outputs.hidden_states.device)) if known else None)
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
-        if targets is None and labels is not None and loss_reduction is not None:
+        if targets is None and labels is not None and (loss_reduction is not None or memory is not None):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if memory is not None:
+            lesson = Lesson.of(input_ids, attention_mask, targets, latent_writes)
+            targets = lesson.scored if scores else None
             asked = loss_reduction if plain_loss and not of_loss.keys() - {"num_items_in_batch"} else None
             hidden_states, loss = self._remember(
-                hidden_states, memory, getattr(outputs, CACHE), input_ids, attention_mask, targets, latent_noise,
-                latent_writes, of_loss.get("num_items_in_batch"), asked,
+                hidden_states, memory, lesson, latent_noise, getattr(outputs, CACHE),
+                of_loss.get("num_items_in_batch"), asked,
             )  # fmt: skip
         if loss is not None:
             pass
@@ -493,16 +488,13 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
 
     @torch.compiler.disable
     def _remember(
-        self, hidden_states, memory, cache, input_ids, attention_mask, targets, noise, writes, num_items, reduction
+        self, hidden_states, memory, lesson: Lesson, noise, cache, num_items, reduction
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Hidden states (B, S, D) of tokens that read the memory of all before them, and the loss if one is asked for.
 
         The cache, if there is one, gets the memory after them.
         """
-        if input_ids is None:
-            raise ValueError("A memory learns from token ids: pass input_ids (inputs_embeds alone has none).")
         reader, norm = self.model.reader, self.model.norm
-        lesson = Lesson.of(input_ids, attention_mask, targets, writes)
         scores = None
         if reduction == "mean":
             scores = lesson.is_scored / (lesson.is_scored.sum() if num_items is None else num_items)
@@ -511,7 +503,14 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             reader, norm, head_pass, hidden_states, lesson, memory, scores=scores, noise=noise, keep=cache is not None
         )
         if cache is not None:
+
+            def after(length):
+                drawn, states = (None if x is None else x[:, :length] for x in (noise, hidden_states))
+                given = (HeadPass(self.lm_head), states, lesson.until(length), memory)
+                return think(reader, norm, *given, noise=drawn, keep=True).state
+
             keep_latents(cache, memory=thought.state)
+            record_call(cache, hidden_states.shape[1], memory, after)
         learning = torch.is_grad_enabled()
         residual = relive(reader, hidden_states, thought, noise) if learning else thought.residual
         states = norm(residual)

@@ -91,7 +91,8 @@ class LatentPosterior:
         samples are the mean, and the KL is infinite.
     elbo_trace: (T, B), the ELBO in nats at each inference step, with the noise of that step, or None. For "fixed"
         noise this is the objective of the fit and not a bound; score with `elbo`, whose noise no fit has seen. Nor is
-        that of "lbfgs", at the mean. Of Langevin dynamics it is log p(x, z), less the prior's constant.
+        that of "lbfgs", at the mean. Of Langevin dynamics it is log p(x, z), less the prior's constant; of a memory
+        log p(x): first as it was read, each token given those before it, then given each step's mean.
     keys: (B,) int64, what identifies the sequences to the noise; None numbers the rows.
     num_non_finite: sequences whose objective turned non-finite, and which kept their best finite posterior.
     """
