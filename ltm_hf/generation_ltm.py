@@ -321,7 +321,7 @@ class LTMGenerationMixin(GenerationMixin):
         return input_ids, kwargs
 
     def create_masks_for_generate(self, *args, attention_mask=None, **kwargs):
-        """As transformers', which makes masks for a forward that is compiled whole; a memory is told the real tokens."""
+        """As transformers', which makes masks where a forward is compiled whole; a memory is told the real tokens."""
         if self.config.has_memory:
             return attention_mask
         return create_masks_for_generate(*args, attention_mask=attention_mask, **kwargs)

@@ -78,11 +78,12 @@ def learns(head: nn.Module) -> bool:
 
 def _is_plain_linear(head: nn.Module) -> bool:
     """Whether its output is input @ weight.T and nothing else happens, or is to be known, when it is called."""
-    weight = getattr(head, "weight", None)
+    if type(head) is not nn.Linear:
+        return False
+    weight = head.weight
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     return (
-        type(head) is nn.Linear
-        and head.bias is None
+        head.bias is None
         and type(weight) in (nn.Parameter, torch.Tensor)  # no DTensor
         and not hasattr(weight, "ds_id")  # ZeRO-3's
         and "forward" not in vars(head)  # accelerate's way to offload
@@ -195,6 +196,25 @@ class _LearningHeadLoss(torch.autograd.Function):
         return state_gradient, None, weight_gradient, None
 
 
+class Gathered:
+    """A module whose weights FSDP2 has gathered: called without its hooks, which know of one forward and one backward.
+
+    All processes make one together. The module's next call of its own lets the weights go again.
+    """
+
+    def __init__(self, module: nn.Module):
+        module.unshard()
+        self.module, self.weight = module, next(module.parameters())
+        self.out_features = getattr(module, "out_features", None)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        return self.module.forward(states.to(self.weight.dtype))
+
+    @classmethod
+    def if_sharded(cls, module: nn.Module):
+        return cls(module) if hasattr(module, "unshard") else module
+
+
 class HeadPass:
     """Nats of tokens and their gradients, a chunk after the other, from one pass over the logits of each.
 
@@ -205,7 +225,7 @@ class HeadPass:
     def __init__(self, head: nn.Module):
         self.head = head
         self.weight_gradient = None
-        if learns(head) and _is_plain_linear(head):
+        if _is_plain_linear(head) and learns(head):
             kind = head.weight.device.type
             autocast = torch.is_autocast_enabled(kind)
             self._matrix = head.weight.detach().to(torch.get_autocast_dtype(kind) if autocast else head.weight.dtype)

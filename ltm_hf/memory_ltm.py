@@ -370,13 +370,13 @@ def think(
     if begun:
         state = _close(reader, norm, head_pass, state, lesson)
     else:
-        state = MemoryState.of(state, hidden_states.shape[-1])
+        state = MemoryState.of(state.float(), hidden_states.shape[-1])  # FSDP2 casts what goes in
     grid = Grid(hidden_states.shape[:2], reader.chunk, mask, offset)
     weights = grid.chunks(reader.weights(hidden_states).transpose(1, 2)).transpose(2, 3)  # (B, K, H, C, N)
     hidden, wanted = grid.chunks(hidden_states), grid.chunks(lesson.targets, IGNORED)
     writing = grid.chunks(lesson.writes)
     scored = None if scores is None else grid.chunks(scores)
-    noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
+    noise = None if noise is None else reader.heads_apart(grid.chunks(noise.float()))
     found, start = [], None
     for number in range(grid.num_chunks):
         begins = grid.begins(number)
@@ -469,7 +469,7 @@ def relive(
     after = start.precision[:, None] + sharpened.cumsum(dim=1)
     steps = moved / after
     before = _Moments(start.mean[:, None] + steps.cumsum(dim=1) - steps, after - sharpened)
-    noise = None if noise is None else reader.heads_apart(grid.chunks(noise))
+    noise = None if noise is None else reader.heads_apart(grid.chunks(noise.float()))
     read = read_of(reader, weights, before, noise)  # (B, K, H, C, d)
     return reader.add(hidden_states, grid.tokens(read.transpose(2, 3)).transpose(1, 2))
 

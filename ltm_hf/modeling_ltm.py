@@ -56,7 +56,7 @@ from .layers_ltm import (
     check_latents,
 )
 from .likelihood_ltm import elbo
-from .losses_ltm import IGNORED, HeadPass, KnownLoss, Scored, mean_loss, token_losses
+from .losses_ltm import IGNORED, Gathered, HeadPass, KnownLoss, Scored, mean_loss, token_losses
 from .memory_ltm import Lesson, LTMAddresses, LTMScales, MemoryReader, check_memory, relive, think
 from .posterior_ltm import sample_prior
 
@@ -486,6 +486,9 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             **{CACHE: getattr(outputs, CACHE)},
         )
 
+    def _reader_to_head(self):
+        return self.model.reader, Gathered.if_sharded(self.model.norm), HeadPass(Gathered.if_sharded(self.lm_head))
+
     @torch.compiler.disable
     def _remember(
         self, hidden_states, memory, lesson: Lesson, noise, cache, num_items, reduction
@@ -494,33 +497,31 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
 
         The cache, if there is one, gets the memory after them.
         """
-        reader, norm = self.model.reader, self.model.norm
         scores = None
         if reduction == "mean":
             scores = lesson.is_scored / (lesson.is_scored.sum() if num_items is None else num_items)
-        head_pass = HeadPass(self.lm_head)
-        thought = think(
-            reader, norm, head_pass, hidden_states, lesson, memory, scores=scores, noise=noise, keep=cache is not None
-        )
-        if cache is not None:
+        keep = cache is not None
+        reader, norm, head_pass = self._reader_to_head()
+        thought = think(reader, norm, head_pass, hidden_states, lesson, memory, scores=scores, noise=noise, keep=keep)
+        if keep:
 
             def after(length):
                 drawn, states = (None if x is None else x[:, :length] for x in (noise, hidden_states))
-                given = (HeadPass(self.lm_head), states, lesson.until(length), memory)
-                return think(reader, norm, *given, noise=drawn, keep=True).state
+                given = (*self._reader_to_head(), states, lesson.until(length), memory)
+                return think(*given, noise=drawn, keep=True).state
 
             keep_latents(cache, memory=thought.state)
             record_call(cache, hidden_states.shape[1], memory, after)
         learning = torch.is_grad_enabled()
+        if not learning and reduction is not None:
+            nats = thought.nats * lesson.is_scored
+            return thought.residual, nats if reduction == "none" else (nats * scores).sum()
         residual = relive(reader, hidden_states, thought, noise) if learning else thought.residual
-        states = norm(residual)
-        if reduction == "mean" and learning and head_pass.weight_gradient is not None:
+        states = self.model.norm(residual)
+        if reduction == "mean" and head_pass.weight_gradient is not None:
             loss, gradient = (thought.nats * scores).sum(), thought.gradient * scores[..., None]
             return states, KnownLoss.apply(states, self.lm_head.weight, loss, gradient, head_pass.weight_gradient)
-        if reduction is None or learning:
-            return states, None
-        nats = thought.nats * lesson.is_scored
-        return states, nats if reduction == "none" else (nats * scores).sum()
+        return states, None
 
 
 __all__ = [
