@@ -50,7 +50,7 @@ def train(make_arguments, make_model, rows):
         model = model or make_model()
         trainer = trainer_class(model, make_arguments(**arguments), train_dataset=rows, **given or {})
         trainer.train()
-        figures = [[entry[name] for name in ("loss", "kl", "grad_norm")] for entry in trainer.state.log_history[:-1]]
+        figures = [[entry[name] for name in ("loss", "gain", "grad_norm")] for entry in trainer.state.log_history[:-1]]
         return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]), torch.tensor(figures)
 
     return train
@@ -85,6 +85,18 @@ def test_logits_change_nothing(train, seen, arguments):
     seen["in chunks"] = 0
     expected_weights, expected_figures = train(WithLogits, **arguments)
     assert seen == {"in chunks": 0, "at once": rows * 12}
+    tolerance = 1e-2 if "bf16" in arguments else 1e-4
+    torch.testing.assert_close(figures, expected_figures, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(weights, expected_weights, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("arguments", [dict(), dict(gradient_checkpointing=True), dict(bf16=True)], ids=str)
+def test_logits_change_nothing_of_a_memory(train, make_model, seen, arguments):
+    """Whose loss and errors are of the same logits, a chunk of the text after the other."""
+    weights, figures = train(model=make_model("memory"), **arguments)
+    assert seen == {"in chunks": 0, "at once": 0}
+    expected_weights, expected_figures = train(WithLogits, model=make_model("memory"), **arguments)
+    assert seen == {"in chunks": 0, "at once": 4 * 12}
     tolerance = 1e-2 if "bf16" in arguments else 1e-4
     torch.testing.assert_close(figures, expected_figures, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(weights, expected_weights, rtol=tolerance, atol=10 * tolerance)
