@@ -8,6 +8,23 @@ from ltm_hf import LTMConfig, LTMForCausalLM, LTMModel
 
 PAD, BOS, EOS = 0, 1, 2
 
+# The Python files that a checkpoint takes along.
+FILES = [
+    "attention_ltm.py",
+    "cache_ltm.py",
+    "configuration_ltm.py",
+    "encoder_ltm.py",
+    "generation_ltm.py",
+    "inference_ltm.py",
+    "layers_ltm.py",
+    "likelihood_ltm.py",
+    "losses_ltm.py",
+    "memory_ltm.py",
+    "methods_ltm.py",
+    "modeling_ltm.py",
+    "posterior_ltm.py",
+]
+
 # Weights and gate are larger than a real model starts with, so that latents and distant tokens matter.
 TINY = dict(
     vocab_size=61,
@@ -19,12 +36,17 @@ TINY = dict(
     max_position_embeddings=64,
     sliding_window=4,
     num_latents=4,
-    cross_attention_gate_init=0.5,
+    latent_gate_init=0.5,
     initializer_range=0.3,
     pad_token_id=PAD,
     bos_token_id=BOS,
     eos_token_id=EOS,
 )
+CONFIGS = {
+    "memory": dict(latent_reader="memory", latent_chunk=3),
+    "paper": dict(latent_reader="paper", num_inference_steps=2),
+}
+READ = 2.0  # how strongly a memory reads; it starts with 0.07
 
 
 class LTMModelTester:
@@ -37,17 +59,21 @@ class LTMModelTester:
 
     def __init__(self, parent=None, batch_size=3, seq_length=12, **overrides):
         self.parent, self.batch_size, self.seq_length = parent, batch_size, seq_length
-        self.arguments = TINY | overrides
+        self.arguments = TINY | CONFIGS[overrides.get("latent_reader", "memory")] | overrides
         vars(self).update(self.arguments)
 
     def get_config(self, **overrides):
-        return LTMConfig(**self.arguments | overrides)
+        reader = CONFIGS[overrides["latent_reader"]] if "latent_reader" in overrides else {}
+        return LTMConfig(**self.arguments | reader | overrides)
 
     def make_model(self, model_class=LTMForCausalLM, **overrides):
         """In eval mode, and the same at each call with the same overrides of its configuration."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return model_class(self.get_config(**overrides)).eval()
+            model = model_class(self.get_config(**overrides)).eval()
+        if model.config.has_memory:
+            torch.nn.init.constant_(model.base_model.reader.scales.log_read, math.log(READ))
+        return model
 
     def prepare_config_and_inputs(self):
         """Row i begins with i tokens of padding."""
@@ -77,13 +103,38 @@ def make_tester():
 
 @pytest.fixture(scope="session")
 def make_model():
-    """A tiny model in eval mode, the same at each call with the same overrides of its configuration."""
+    """A tiny model in eval mode, the same at each call with the same overrides of its configuration.
+
+    It has a memory, unless told `latent_reader="paper"`.
+    """
     return LTMModelTester().make_model
 
 
+@pytest.fixture(params=CONFIGS)
+def reader(request):
+    """ "memory", then "paper"."""
+    return request.param
+
+
 @pytest.fixture
-def model(make_model):
-    return make_model()
+def model(make_model, reader):
+    return make_model(latent_reader=reader)
+
+
+@pytest.fixture
+def paper_model(make_model):
+    return make_model(latent_reader="paper")
+
+
+@pytest.fixture
+def memory_model(make_model):
+    return make_model(latent_reader="memory")
+
+
+@pytest.fixture(scope="session")
+def travelling_files():
+    """Names of the Python files that a checkpoint takes along."""
+    return FILES
 
 
 @pytest.fixture(scope="session")
@@ -160,12 +211,14 @@ class Quadratic(torch.nn.Module):
         super().__init__()
         self.config = LTMConfig(
             vocab_size=self.VOCABULARY, hidden_size=weights.shape[1], num_hidden_layers=1, num_attention_heads=1,
-            head_dim=2, num_latents=1, bos_token_id=None, eos_token_id=None,
+            head_dim=2, num_latents=1, latent_reader="paper", bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         self.device = torch.device("cpu")
         self.weights, self.targets = torch.nn.Parameter(weights), targets
 
-    def forward(self, input_ids, latents, labels, **kwargs):
+    def forward(self, input_ids=None, state=None, latents=None, until_latents=False, **kwargs):
+        if until_latents:
+            return input_ids
         errors = latents[:, 0, 0] @ self.weights.T - self.targets  # (B, S - 1)
         return SimpleNamespace(loss=0.5 * errors**2 + math.log(self.VOCABULARY))
 
