@@ -29,7 +29,7 @@ from ..data.numbers import check_at_least
 from ..loading import load_causal_lm
 from .figures import cell, figure, markdown_rows
 from .report import fingerprint
-from .sampling import MULTINOMIAL, Decoding, check_inference, complete_texts, context_length
+from .sampling import MULTINOMIAL, Decoding, check_inference, check_room, complete_texts, context_length
 
 NEXT_QUESTION = "\nQuestion:"  # where a few-shot answer ends
 
@@ -178,6 +178,7 @@ def evaluate_gsm8k(
     """
     check_at_least(1, samples=samples, max_new_tokens=max_new_tokens, batch_size=batch_size)
     check_inference(model, num_inference_steps)
+    check_room(model, [1], max_new_tokens)
     test, problems = dataset["test"], len(dataset["test"]) if problems is None else problems
     _check_run(tokenizer, test, samples, problems, decoding, chat)
     examples = choose_examples(dataset, shots, seed)

@@ -391,7 +391,7 @@ class _Batch:
     def __init__(self, model, rows: list[dict], settings: dict, num_particles: int):
         self.model, self.settings, self.num_particles = model, settings, num_particles
         tensors = collate_blocks([{"input_ids": row["input_ids"]} for row in rows])
-        self.text = Text.of(model, *(x.to(model.device) for x in tensors.values()))
+        self.text = Text.of(model, **{name: tensor.to(model.device) for name, tensor in tensors.items()})
         prefixes = torch.tensor([_first(row, "prefix") for row in rows], device=model.device)
         self.positions = torch.arange(self.text.input_ids.shape[1], device=model.device)
         self.is_prefix = self.positions < prefixes[:, None]

@@ -79,17 +79,17 @@ class HFLTM(HFLM):
     ):
         """`--model_args`, beside everything that `HFLM` takes.
 
-          latents: what is read: the posterior's "mean" (the better predictor), a "sample" of it, or "none".
-          num_inference_steps: default the model's. inference_seed: keys the noise of inference and of samples.
-          rolling: "prefix"; or "bound", a lower bound of each window's log-likelihood with noise that the fit has not
-              seen, -(NLL + KL), latents fitted to what is scored: perplexities are then upper bounds, and not to be
-              held against a predictor's.
-          rolling_stride: tokens scored at a time by "prefix"; default half of `max_length`.
-          device: default cuda where there is one, else cpu.
-        A memory takes "mean" or "none", no bound and no stride; a method that ends at a point, no bound.
+        latents: what is read: the posterior's "mean" (the better predictor), a "sample" of it, or "none".
+        num_inference_steps: default the model's. inference_seed: keys the noise of inference and of samples.
+        rolling: "prefix"; or "bound", a lower bound of each window's log-likelihood with noise that the fit has not
+            seen, -(NLL + KL), latents fitted to what is scored: perplexities are then upper bounds, and not to be
+            held against a predictor's.
+        rolling_stride: tokens scored at a time by "prefix"; default half of `max_length`.
+        device: default cuda where there is one, else cpu.
 
-          Raises ValueError for settings that cannot work and for a model that is no LTM, before weights are loaded, and
-          for weights that are not finite.
+        A memory takes "mean" or "none", no bound and no stride; a posterior without variance takes no bound.
+        Raises ValueError for settings that cannot work and for a model that is no LTM, before weights are loaded, and
+        for weights that are not finite.
         """
         for name, value, allowed in (("latents", latents, LATENTS), ("rolling", rolling, ROLLING)):
             if value not in allowed:
@@ -250,11 +250,8 @@ class HFLTM(HFLM):
         posterior = self._posterior(input_ids, attention_mask)
         if not config.has_memory:
             return {"latents": posterior.mean if self.latents == "mean" else posterior.sample(self.inference_seed)}
-        # It holds the context already.
-        return {
-            "latent_state": state_of(posterior, config.num_attention_heads),
-            "latent_writes": ~attention_mask.bool(),
-        }
+        state = state_of(posterior, config.num_attention_heads)
+        return {"latent_state": state, "latent_writes": attention_mask == 0}  # it holds the context already
 
     @torch.no_grad()
     def _logits(self, texts, thoughts: dict, rows: list[int]) -> torch.Tensor:

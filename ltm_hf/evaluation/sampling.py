@@ -192,9 +192,11 @@ def context_length(model) -> int | None:
 
 def check_room(model, lengths: Sequence[int], max_new_tokens: int) -> None:
     """Raise a ValueError unless all prompts have tokens, and leave room for so many more."""
-    if min(lengths, default=1) < 1:
+    if not lengths:
+        return
+    if min(lengths) < 1:
         raise ValueError(f"Prompt {list(lengths).index(0)} is empty: it has no token to continue.")
-    limit, longest = context_length(model), max(lengths, default=0)
+    limit, longest = context_length(model), max(lengths)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} the model holds."
