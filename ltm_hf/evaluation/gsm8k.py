@@ -178,10 +178,10 @@ def evaluate_gsm8k(
     """
     check_at_least(1, samples=samples, max_new_tokens=max_new_tokens, batch_size=batch_size)
     check_inference(model, num_inference_steps)
-    check_room(model, [1], max_new_tokens)
     test, problems = dataset["test"], len(dataset["test"]) if problems is None else problems
     _check_run(tokenizer, test, samples, problems, decoding, chat)
     examples = choose_examples(dataset, shots, seed)
+    check_room(model, [1], max_new_tokens)
     settings = {
         "model": model.config._name_or_path, "shots": shots, "samples": samples, "decoding": asdict(decoding),
         "chat": chat, "max_new_tokens": max_new_tokens, "num_inference_steps": num_inference_steps, "seed": seed,
