@@ -399,7 +399,7 @@ def test_arguments_are_refused_by_name():
     refuse("sliding_window .9. .*the backbone's .8.", mistral(sliding_window=8), sliding_window=9)
     refuse("latent_gate_init must not be 0", backbone, latent_gate_init=0)
     refuse("latent_gate_init must be a number", backbone, latent_gate_init=None)
-    refuse("latent_chunk must be", backbone, sliding_window=4)
+    refuse("latent_chunk must be", backbone, sliding_window=4, latent_chunk=5)
     refuse("latent_reader must be one of", backbone, latent_reader="none")
     refuse("hidden_size", backbone, hidden_size=64)
     refuse("self_attention", backbone, self_attention="qwen2")
