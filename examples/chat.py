@@ -39,8 +39,8 @@ class AnswerStreamer(TextStreamer):
         super().put(value)
 
 
-def show_thinking(step, latents, elbo):
-    note(f"\rthinking… step {step + 1}, ELBO {elbo.item():.1f} nats ", end="")
+def show_thinking(step, latents, objective):
+    note(f"\rthinking… step {step + 1}, {objective.item():.1f} nats ", end="")
 
 
 def encode(tokenizer, history, room):

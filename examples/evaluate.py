@@ -35,6 +35,7 @@ from ltm_hf.evaluation.sections import (
     topic_section,
     zero_shot_section,
 )
+from ltm_hf.evaluation.thinking import takes_steps
 from ltm_hf.evaluation.zero_shot import ZERO_SHOT, load_zero_shot
 from ltm_hf.loading import load_causal_lm
 from ltm_hf.training import add_to_model_index
@@ -80,7 +81,7 @@ def parse():
     thinking = parser.add_argument_group("thinking").add_argument
     thinking("--num_inference_steps", type=cli.count, help="default: each model's own")
     thinking("--num_particles", type=cli.positive_int, default=1, help="samples that the bound is averaged over")
-    thinking("--num_samples", type=cli.count, default=16, help="of the importance-weighted bound; 0 for none")
+    thinking("--num_samples", type=cli.count, default=16, help="of the importance-weighted bound; default 16, 0: none")
     thinking("--thinking_blocks", type=cli.positive_int, default=32, help="of the thinking curve; default 32")
     curve = [0, 1, 2, 4, 8, 16, 32]
     thinking("--steps", type=cli.count, nargs="+", default=curve, help="of the thinking curve")
@@ -121,8 +122,13 @@ def load_subjects(options, named):
         subjects = [dataclasses.replace(subject, name=name) for subject, name in zip(subjects, names, strict=True)]
     if len(set(names)) < len(names):
         raise ValueError("--model names one model twice.")
-    think = any(subject.has_latents for subject in subjects)
-    cli.refuse_idle(named, (not think, "with models without latents", ("num_inference_steps", "num_particles")))
+    has_steps = any(takes_steps(subject.model) for subject in subjects)
+    has_bound = any(subject.has_bound for subject in subjects)
+    cli.refuse_idle(
+        named,
+        (not has_steps, "with models that take no inference steps", ("num_inference_steps",)),
+        (not has_bound, "with models without a bound", ("num_particles", "num_samples")),
+    )
     return subjects
 
 
@@ -185,8 +191,7 @@ def main():
         options.output_dir or (folder / "report" if folder.is_dir() else Path("outputs/report")),
         f"Report on {', '.join(subject.name for subject in subjects)}",
         f"{date.today()}, {torch.cuda.get_device_name() if 'cuda' in options.device else 'CPU'}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}. A bound is scored with noise that no fit has "
-        "seen; the released protocol is not a bound.",
+        f"{torch.__version__}, transformers {transformers.__version__}.",
     )
     figures = write(report, options, subjects, texts, source, block_size)
     if figures and (folder / "README.md").is_file():

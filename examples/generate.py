@@ -6,6 +6,7 @@ python examples/generate.py outputs/ltm-tiny                  # no prompt
 Without the package ltm_hf, --trust_remote_code lets the Python in the model's folder do it.
 """
 
+import math
 import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
@@ -70,7 +71,7 @@ def load(options):
 
 def main():
     parser = parser_for("Stream text from a Latent Thought Model.")
-    parser.add_argument("--prompt", help="text to continue; without one, latents come from the prior, or are 0 by map")
+    parser.add_argument("--prompt", help="text to continue; without one, a memory is empty, other latents the prior's")
     options = parser.parse_args()
     if options.prompt == "":
         raise ValueError("--prompt is empty: leave it out to write without one.")
@@ -83,13 +84,15 @@ def main():
     inputs = tokenizer(options.prompt, return_tensors="pt") if options.prompt else {}
     length = inputs["input_ids"].shape[1] if inputs else 1  # begin-of-text
     most = model.config.max_position_embeddings
+    if model.config.has_memory and model.config.sliding_window:  # which goes on without end
+        most = math.inf
     more = max(1, min(100, most - length)) if options.max_new_tokens is None else options.max_new_tokens
     if length + more > most:
         raise ValueError(f"The model takes {most} tokens: a prompt of {length} leaves no room for {more} more.")
     set_seed(options.seed or 0)
     if options.prompt:
         settings |= dict(inputs.to(model.device)) | {"num_inference_steps": options.num_inference_steps}
-    elif model.config.num_latents and model.config.inference_optimizer != "map":  # else it starts from z = 0
+    elif model.config.num_latents and not model.config.has_memory:
         settings["latents"] = model.sample_prior(1, seed=options.seed or 0)
     model.generate(
         **settings,

@@ -16,7 +16,7 @@ from ltm_hf import cli
 with cli.one_sentence():  # where one is not installed
     from openai import OpenAI, OpenAIError, omit
 
-    from ltm_hf.cli import serve
+    from ltm_hf.serving import server as serving
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def ask(client, model, message, *, chat=True, stream=True, max_tokens=omit, **ge
 
 
 def parse():
-    parser = serve.parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser = serving.parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--message", help="serve on a free port, ask this, print the answer and stop")
     parser.add_argument("--max_tokens", type=cli.positive_int, default=omit, help="of the answer")
     parser.add_argument("--num_inference_steps", type=cli.count, help="how long to think about the message")
@@ -69,9 +69,9 @@ def parse():
 def main():
     options = parse()
     if options.message is None:
-        return serve.Server(options).run()
+        return serving.Server(options).run()
     options.port = 0
-    server = serve.Server(options)
+    server = serving.Server(options)
     request = {name: getattr(options, name) for name in ("max_tokens", "num_inference_steps", "do_sample")}
     chat = server.served.tokenizer.chat_template is not None
     with running(server) as client:

@@ -299,11 +299,12 @@ class LTMGenerationMixin(GenerationMixin):
         sampling, heads = thoughts.num_samples is not None, self.config.num_attention_heads
         if thoughts.given is None and not steps and not sampling:
             return input_ids, kwargs  # no memory: the plain decoder
-        if thoughts.given is None and (steps > 1 or sampling or thoughts.callback is not None):
+        reads_once = thoughts.given is None and steps == 1 and not sampling
+        if thoughts.given is None and (not reads_once or thoughts.callback is not None):
             thoughts.posterior = infer_in_buckets(
                 self, input_ids, kwargs["attention_mask"], thoughts.callback, **thoughts.settings.inference
             )
-        if thoughts.posterior is None and thoughts.latents is None:
+        if reads_once:  # as it writes
             kwargs["latent_state"] = prior_state(self.config, len(input_ids), input_ids.device)
         elif thoughts.posterior is None:
             latents = thoughts.latents.float()
@@ -314,7 +315,8 @@ class LTMGenerationMixin(GenerationMixin):
         if sampling:
             input_ids, kwargs = self._expand_inputs_for_generation(thoughts.num_samples, input_ids=input_ids, **kwargs)
             precision = kwargs["latent_state"][..., -1:]
-            drawn = LatentPosterior(thoughts.samples(), torch.zeros(len(input_ids), *self.config.latent_shape))
+            samples = thoughts.samples()
+            drawn = LatentPosterior(samples, torch.zeros_like(samples))
             kwargs["latent_state"] = torch.cat((state_of(drawn, heads)[..., :-1], precision), dim=-1)
         if thoughts.settings.sample_latents:
             kwargs["latent_noise"] = torch.zeros(len(input_ids), 0, self.config.hidden_size)  # drawn at each token

@@ -248,7 +248,7 @@ class LTMModel(LTMPreTrainedModel):
         if until_latents:
             return state._replace(hidden_states=hidden_states)
         if self.config.has_memory and latents is not None:
-            hidden_states = self.reader(hidden_states, latents)
+            hidden_states = self.reader(hidden_states, latents=latents)  # so named, hooks leave the leaf alone
         if use_cache and not torch.compiler.is_compiling():
             _keep(cache, latents, latent_key_values)
         return LTMModelOutputWithPast(

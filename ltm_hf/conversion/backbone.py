@@ -1,9 +1,15 @@
 """Upcycling: a pretrained causal language model becomes the decoder of a Latent Thought Model.
 
-Every weight is kept, and each layer gains a cross-attention to latents whose output projection is zero: before
-training the model computes what the backbone computes, whatever the latents. Behind that zero the latents get no
-gradient and inference returns the prior; the projection itself does get one, so the first training step opens it, and
-from the second on the posterior has something to fit. A gate of zero beside it would stop both gradients for good.
+Every weight is kept, and beside them is what reads latents. Without latents, and with latents of zero, the model
+computes what the backbone computes:
+
+- A memory that holds nothing yet reads nothing, so that the first chunk of a text is the backbone's. From the second on
+  it reads what it has learned of the text, before any training too.
+- The paper's cross-attentions start with an output projection of zero, so that latents change nothing, whatever they
+  are. Behind that zero they get no gradient and inference returns the prior; the projection itself does get one: the
+  first training step opens it, and from the second on the posterior has something to fit.
+
+A gate of zero would stop all gradients for good, of either.
 """
 
 import copy
@@ -29,8 +35,8 @@ _KEPT = (
 )  # fmt: skip
 _BROUGHT = ("initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id")
 
-# The modules that the backbone does not have: of a layer, and the encoder of inference_method="amortized".
-_NEW_MODULES = (".cross_attn.", ".cross_attention_layernorm.", ".cross_attention_gate.", "encoder.")
+# The modules that the backbone does not have: a memory's reader, what layers read with, and an encoder.
+_NEW_MODULES = ("model.reader.", ".cross_attn.", ".cross_attention_layernorm.", ".cross_attention_gate.", "encoder.")
 
 
 def _is_new(name: str) -> bool:
@@ -69,10 +75,8 @@ def convert_config(
         raise ValueError(
             f"{', '.join(refused)}: the backbone's own, or no field of LTMConfig; it cannot be overridden."
         )
-    if not config_overrides.get("cross_attention_value_projection", True):
-        raise ValueError("cross_attention_value_projection must be True: new layers start at zero by their projection.")
     if config_overrides.get("latent_gate_init", 1) == 0:
-        raise ValueError("latent_gate_init must not be 0: behind a zero output projection it never opens.")
+        raise ValueError("latent_gate_init must not be 0: such a gate gets no gradient here, and never opens.")
 
     # `head_dim` is no field of every family: None derives it from the hidden size, as they do.
     inherited = {name: getattr(config, name, None) for name in (*_KEPT, *_BROUGHT)}
@@ -89,16 +93,20 @@ def from_pretrained_backbone(
 ) -> LTMForCausalLM:
     """A causal LM of another architecture, with every weight kept, as an LTM that has yet to learn to use its latents.
 
+    Without latents it computes what the backbone computes; what it does with some is told above, in this file.
+
     name_or_path_or_model: a Hub name or a folder (weights in safetensors, in the dtype that they are stored in), or a
         model, whose weights are copied and whose dtype and device are kept. Llama, Mistral, Qwen2 and Qwen3 shapes.
-    num_latents: in total, a multiple of the backbone's layers. 0 gives the backbone itself, for a baseline.
+    num_latents: in total; for `latent_reader="paper"` a multiple of the layers that read. 0 gives the backbone itself,
+        for a baseline.
     sliding_window: None keeps the backbone's attention; a number of tokens narrows it, and the logits are then the
         backbone's for texts no longer than that.
-    freeze_backbone: only the new parameters require gradients (see `freeze_all_but_cross_attention`).
-    config_overrides: fields of `LTMConfig` that are not the backbone's shape: `num_inference_steps=…`,
-        `latent_gate_init=None`, …. A small gate wakes the latents late, but keeps their noise out of a decoder
-        that trains along; a frozen one has less to fear from None. `latent_position_stride` is by default that of the
-        backbone's `max_position_embeddings`, however short the texts to come.
+    freeze_backbone: only the new parameters require gradients (see `freeze_all_but_new`).
+    config_overrides: fields of `LTMConfig` that are not the backbone's shape: `latent_reader="paper"` (default: a
+        memory), `num_inference_steps=…`, …. With "paper", a small `latent_gate_init` wakes the latents late, but keeps
+        their noise out of a decoder that trains along; a frozen one has less to fear from None. Its
+        `latent_position_stride` is by default that of the backbone's `max_position_embeddings`, however short the
+        texts to come.
 
     Token ids and generation settings are the backbone's; its tokenizer is used as it is. The new weights are drawn
     from torch's global generator. transformers reports them as missing, since they are.
@@ -116,17 +124,34 @@ def from_pretrained_backbone(
     if freeze_backbone and not num_latents:
         raise ValueError("freeze_backbone with num_latents=0 would leave nothing to train.")
 
-    if isinstance(given, PreTrainedModel):
-        if on_meta := [name for name, tensor in given.state_dict().items() if tensor.is_meta]:
-            raise ValueError(f"The backbone's weights are not in memory (offloaded?): {', '.join(on_meta)}.")
-        # Copies: transformers puts the tensors themselves into the new model.
-        weights = {name: tensor.clone() for name, tensor in given.state_dict().items()}
-        source = dict(pretrained_model_name_or_path=None, state_dict=weights, dtype=given.dtype)
-    else:
-        source = dict(pretrained_model_name_or_path=given, use_safetensors=True)
     model, loading = LTMForCausalLM.from_pretrained(
-        **source, config=ltm_config, ignore_mismatched_sizes=True, output_loading_info=True
+        **_weights_of(given), config=ltm_config, ignore_mismatched_sizes=True, output_loading_info=True
     )
+    _check_loaded(loading)
+    for number in model.config.reading_layers:
+        nn.init.zeros_(model.model.layers[number].cross_attn.o_proj.weight)
+    if isinstance(given, PreTrainedModel):
+        model = model.to(given.device)
+        if getattr(given, "generation_config", None) is not None:
+            model.generation_config = copy.deepcopy(given.generation_config)
+            model._set_inference_defaults()
+    if freeze_backbone:
+        freeze_all_but_new(model)
+    return model
+
+
+def _weights_of(given) -> dict:
+    """Where `from_pretrained` finds them."""
+    if not isinstance(given, PreTrainedModel):
+        return dict(pretrained_model_name_or_path=given, use_safetensors=True)
+    if on_meta := [name for name, tensor in given.state_dict().items() if tensor.is_meta]:
+        raise ValueError(f"The backbone's weights are not in memory (offloaded?): {', '.join(on_meta)}.")
+    # Copies: transformers puts the tensors themselves into the new model.
+    weights = {name: tensor.clone() for name, tensor in given.state_dict().items()}
+    return dict(pretrained_model_name_or_path=None, state_dict=weights, dtype=given.dtype)
+
+
+def _check_loaded(loading: dict) -> None:
     problems = {
         "lacks tensors": [name for name in loading["missing_keys"] if not _is_new(name)],
         "has tensors without a place in the model": loading["unexpected_keys"],
@@ -136,21 +161,9 @@ def from_pretrained_backbone(
         if names:
             raise ValueError(f"The backbone {problem}: {', '.join(sorted(names))}.")
 
-    if num_latents:
-        for number in model.config.reading_layers:
-            nn.init.zeros_(model.model.layers[number].cross_attn.o_proj.weight)
-    if isinstance(given, PreTrainedModel):
-        model = model.to(given.device)
-        if getattr(given, "generation_config", None) is not None:
-            model.generation_config = copy.deepcopy(given.generation_config)
-            model._set_inference_defaults()
-    if freeze_backbone:
-        freeze_all_but_cross_attention(model)
-    return model
 
-
-def freeze_all_but_cross_attention(model: LTMForCausalLM) -> None:
-    """Let only what reads the latents train: cross-attentions, their norms and gates. And an encoder, if there is one.
+def freeze_all_but_new(model: LTMForCausalLM) -> None:
+    """Let only what the backbone does not have train: what reads the latents, and an encoder, if there is one.
 
     A checkpoint does not hold what was frozen: call this again after reloading one.
     """

@@ -62,6 +62,7 @@ def convert_config(params: dict, intermediate_size: int, tie_word_embeddings: bo
         max_position_embeddings=params["max_seq_len"],
         sliding_window=params["window_size"],
         num_latents=params["max_z_len"],
+        latent_reader="paper",
         rms_norm_eps=params.get("norm_eps", 1e-5),
         rope_theta=params.get("rope_theta", 10000.0),
         tie_word_embeddings=tie_word_embeddings,

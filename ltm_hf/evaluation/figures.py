@@ -114,6 +114,18 @@ def number(figure: dict) -> float:
     return math.nan if figure["value"] is None else figure["value"]
 
 
+def errors_over(count: int, what: str) -> str:
+    return f"± standard error over {count} {what}s" if count > 1 else f"a single {what}, without an error"
+
+
+def over_blocks(result: dict) -> str:
+    """What the figures of a study of posterior means are over, as a sentence."""
+    return (
+        f"{errors_over(result['num_blocks'], 'block').capitalize()}; {result['num_inference_steps']} inference steps; "
+        "latents at their posterior mean."
+    )
+
+
 def shortened(text: str, length: int = 100) -> str:
     """The first words of a text, on one line, in so many characters."""
     text = " ".join(text.split())

@@ -14,7 +14,6 @@ import math
 import os
 import random
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from decimal import Decimal
@@ -29,7 +28,8 @@ from ..data.files import file_type, read_rows, visible
 from ..data.numbers import check_at_least
 from ..loading import load_causal_lm
 from .figures import cell, figure, markdown_rows
-from .sampling import MULTINOMIAL, Decoding, check_inference, complete_texts, context_length
+from .report import fingerprint
+from .sampling import MULTINOMIAL, Decoding, check_inference, check_room, complete_texts, context_length
 
 NEXT_QUESTION = "\nQuestion:"  # where a few-shot answer ends
 
@@ -178,29 +178,17 @@ def evaluate_gsm8k(
     """
     check_at_least(1, samples=samples, max_new_tokens=max_new_tokens, batch_size=batch_size)
     check_inference(model, num_inference_steps)
-    if samples > 1 and not decoding.do_sample:
-        raise ValueError(f"Greedy search writes the same text each time: ask for 1 sample, not {samples}.")
-    if chat and tokenizer.chat_template is None:
-        raise ValueError("The tokenizer has no chat template: evaluate without chat.")
-    test = dataset["test"]
-    problems = len(test) if problems is None else problems
-    if problems not in range(1, len(test) + 1):
-        raise ValueError(f"problems must lie between 1 and the {len(test)} of the test split, got {problems}.")
-    for problem in range(problems):
-        if extract_answer(test[problem]["answer"]) is None:
-            raise ValueError(f"The answer to problem {problem} of the test split has no number after ####.")
+    test, problems = dataset["test"], len(dataset["test"]) if problems is None else problems
+    _check_run(tokenizer, test, samples, problems, decoding, chat)
     examples = choose_examples(dataset, shots, seed)
+    check_room(model, [1], max_new_tokens)
     settings = {
-        "model": model.config._name_or_path,
-        "shots": shots,
-        "samples": samples,
-        "decoding": asdict(decoding),
-        "chat": chat,
-        "max_new_tokens": max_new_tokens,
-        "num_inference_steps": num_inference_steps,
-        "seed": seed,
-        **_fingerprints(model, examples, test),
-    }
+        "model": model.config._name_or_path, "shots": shots, "samples": samples, "decoding": asdict(decoding),
+        "chat": chat, "max_new_tokens": max_new_tokens, "num_inference_steps": num_inference_steps, "seed": seed,
+        # A folder that was trained again keeps its name.
+        "weights": fingerprint(model),
+        "questions": fingerprint([row["answer"] for row in examples] + test["question"][:]),
+    }  # fmt: skip
     done = {} if record is None else _read_record(Path(record), settings)
     todo = [problem for problem in range(problems) if problem not in done]
     at_once = max(1, batch_size // samples)
@@ -215,6 +203,18 @@ def evaluate_gsm8k(
             bar.update(len(chosen))
     lines = [done[problem] for problem in range(problems)]
     return {"settings": settings | {"problems": problems}, "figures": _figures(lines, samples)}
+
+
+def _check_run(tokenizer, test, samples: int, problems: int, decoding: Decoding, chat: bool) -> None:
+    if samples > 1 and not decoding.do_sample:
+        raise ValueError(f"Greedy search writes the same text each time: ask for 1 sample, not {samples}.")
+    if chat and tokenizer.chat_template is None:
+        raise ValueError("The tokenizer has no chat template: evaluate without chat.")
+    if problems not in range(1, len(test) + 1):
+        raise ValueError(f"problems must lie between 1 and the {len(test)} of the test split, got {problems}.")
+    for problem in range(problems):
+        if extract_answer(test[problem]["answer"]) is None:
+            raise ValueError(f"The answer to problem {problem} of the test split has no number after ####.")
 
 
 def _answer(model, tokenizer, test, chosen, examples, settings, decoding, batch_size) -> list[dict]:
@@ -265,16 +265,6 @@ def _read_record(path: Path, settings: dict) -> dict[int, dict]:
         raise ValueError(f"{str(path)!r} holds a run with another {', '.join(other)}: take another file or remove it.")
     os.truncate(path, len(whole))
     return {line["problem"]: line for line in lines}
-
-
-def _fingerprints(model, examples: list[dict], test) -> dict[str, int]:
-    """Of the weights and of what is asked: a folder that was trained again keeps its name."""
-    weights = questions = 0
-    for parameter in model.parameters():
-        weights = zlib.crc32(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes(), weights)
-    for text in [row["answer"] for row in examples] + test["question"][:]:
-        questions = zlib.crc32(text.encode(), questions)
-    return {"weights": weights, "questions": questions}
 
 
 def _figures(lines: list[dict], samples: int) -> dict[str, dict]:

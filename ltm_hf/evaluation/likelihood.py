@@ -23,6 +23,7 @@ from ..data.packing import blocks_of
 from ..inference_ltm import infer_posterior
 from ..likelihood_ltm import Text, elbo, negative_log_likelihood
 from ..memory_ltm import prior_state, token_noise
+from ..methods_ltm import method_of
 from ..posterior_ltm import LatentPosterior, keyed_normal
 from .figures import evaluating, markdown_rows, mean_and_error, ratio_and_error, with_error
 from .sampling import context_length
@@ -30,8 +31,8 @@ from .sampling import context_length
 DESCRIPTIONS = {
     "bound": "bound with fresh noise: NLL + KL at a sample that the fit has not seen; what an LTM may claim",
     "iw": "importance-weighted bound by so many samples of the posterior; never above `bound` on average",
-    "nll": "the bound's first part: NLL given latents fitted to the same text",
-    "kl": "its second part: what those latents cost",
+    "nll": "NLL given latents fitted to the same text, without their cost: no bound",
+    "kl": "what those latents cost; with nll, the bound",
     "prediction": "exact loss of a memory: each token by the mean of the posterior that those before it have left",
     "prediction_sampled": "loss of the same by a fresh sample for each token; bounds that of their mixture",
     "no_latents": "exact loss without latents",
@@ -53,7 +54,17 @@ def default_figures(model) -> tuple[str, ...]:
     """What is measured of a model unless somebody asks for more."""
     if not getattr(model.config, "num_latents", 0):
         return EXACT
-    return MEMORY if model.config.has_memory else DEFAULT
+    if model.config.has_memory:
+        return MEMORY
+    bounds = ("bound", "kl", "released")  # of which a posterior without variance has none
+    return tuple(name for name in DEFAULT if method_of(model.config).has_variance or name not in bounds)
+
+
+def no_text_yet(model, rows: int) -> dict:
+    """What `negative_log_likelihood` is given beside so many texts: of a model with a memory, one of nothing."""
+    if not getattr(model.config, "has_memory", False):
+        return {}
+    return {"latent_state": prior_state(model.config, rows, model.device)}
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,7 @@ def score_blocks(
 
 
 def _checked_figures(model, figures: Collection[str] | None) -> Collection[str]:
-    """Those of the model, of which one without latents has the exact ones alone."""
+    """Those of the model, of which one without latents has the exact ones alone, whatever is asked for."""
     if figures is None:
         return default_figures(model)
     single = set(DESCRIPTIONS) - {"iw", "reinfer", "prefix_mixture", "from_prompt"}
@@ -274,7 +285,8 @@ def evaluate_documents(
 
     tokenizer: the model's. block_size: tokens, default what the model takes, 1,024 at most. num_blocks: so many blocks
     for each of these, drawn by the seed; default all. prefix_length: tokens; default half of a block.
-    num_samples: of the importance-weighted bound; 0 for none. settings: as for `evaluate_likelihood`.
+    num_samples: of the importance-weighted bound, where the model has a bound; 0 for none.
+    settings: as for `evaluate_likelihood`.
 
     Raises ValueError as `document_blocks` and `evaluate_likelihood` do, and for a block longer than the model takes.
     """
@@ -287,8 +299,8 @@ def evaluate_documents(
     figures = [name for name in names if name != "released" and name not in after_prefix]
     if "bound" in names:
         figures += ["prior", *([f"iw-{num_samples}"] if num_samples else [])]
-    elif num_samples and getattr(model.config, "num_latents", 0):
-        raise ValueError("num_samples is of an importance-weighted bound: a memory's loss is exact.")
+    elif num_samples:
+        raise ValueError("num_samples is of an importance-weighted bound, and this model has no bound.")
 
     def figures_of(blocks, names):
         return evaluate_likelihood(model, chosen(blocks, num_blocks, seed), figures=names, seed=seed, **settings)
@@ -379,7 +391,7 @@ class _Batch:
     def __init__(self, model, rows: list[dict], settings: dict, num_particles: int):
         self.model, self.settings, self.num_particles = model, settings, num_particles
         tensors = collate_blocks([{"input_ids": row["input_ids"]} for row in rows])
-        self.text = Text.of(model, *(x.to(model.device) for x in tensors.values()))
+        self.text = Text.of(model, **{name: tensor.to(model.device) for name, tensor in tensors.items()})
         prefixes = torch.tensor([_first(row, "prefix") for row in rows], device=model.device)
         self.positions = torch.arange(self.text.input_ids.shape[1], device=model.device)
         self.is_prefix = self.positions < prefixes[:, None]
@@ -420,9 +432,8 @@ class _Batch:
         return self.nll_given()
 
     def prediction(self, text=None, noise=None):
-        start = prior_state(self.model.config, len(self.text.input_ids), self.text.input_ids.device)
-        text = self.text if text is None else text
-        return negative_log_likelihood(self.model, text, latent_state=start, latent_noise=noise)
+        text, memory = self.text if text is None else text, no_text_yet(self.model, len(self.text.input_ids))
+        return negative_log_likelihood(self.model, text, **memory, latent_noise=noise)
 
     def prediction_sampled(self):
         ids, mask, width = self.text.input_ids, self.text.mask, self.model.config.hidden_size

@@ -1,5 +1,7 @@
 """EleutherAI's lm-evaluation-harness with one model more: latents from the context only, the continuation scored.
 
+A memory learns from the context and, token by token, from the continuation so far.
+
     python -m ltm_hf.evaluation.lm_eval --model ltm --model_args pretrained=FOLDER --tasks hellaswag --batch_size 16
 
 is the harness's own command line (source: lm_eval 0.4.13). `--model hf` would score the same folder without latents.
@@ -10,6 +12,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import cli
@@ -32,7 +35,10 @@ from ..configuration_ltm import InferenceSettings
 from ..inference_ltm import infer_posterior
 from ..likelihood_ltm import elbo
 from ..losses_ltm import IGNORED
+from ..memory_ltm import state_of
+from ..methods_ltm import method_of
 from .figures import check_finite
+from .likelihood import no_text_yet
 
 logger = logging.get_logger(__name__)
 
@@ -46,10 +52,12 @@ class HFLTM(HFLM):
 
     loglikelihood: log p(continuation | context, z) in nats, z inferred from the context's tokens, cut on the left to
         `max_length` as the harness does; once for requests that share a context. A context of one token, such as the
-        begin-of-text that stands for an empty one, has nothing to infer from: z is the prior's.
+        begin-of-text that stands for an empty one, has nothing to infer from: z is the prior's. A memory goes on from
+        there: each token of the continuation is scored with what those before it have left, as generate() reads it.
     loglikelihood_rolling: over the harness's windows. "prefix": the log-likelihood of a predictor; `rolling_stride`
         tokens are scored at a time, with latents inferred from the window's tokens before them. The decoder reads the
-        same tokens whatever the stride, so the figure can be held against an autoregressive model's.
+        same tokens whatever the stride, so the figure can be held against an autoregressive model's. A memory, which
+        infers at each token, has no stride.
     generate_until: `generate()` with these settings; `--gen_kwargs` overrides them and takes its others.
 
     Results do not depend on the batch size, to rounding, except of texts that are sampled (`do_sample`).
@@ -79,6 +87,7 @@ class HFLTM(HFLM):
         rolling_stride: tokens scored at a time by "prefix"; default half of `max_length`.
         device: default cuda where there is one, else cpu.
 
+        A memory takes "mean" or "none", no bound and no stride; a posterior without variance takes no bound.
         Raises ValueError for settings that cannot work and for a model that is no LTM, before weights are loaded, and
         for weights that are not finite.
         """
@@ -102,12 +111,33 @@ class HFLTM(HFLM):
         if config.model_type != "ltm":
             raise ValueError(f"This is a {config.model_type!r} model, not an LTM: evaluate it with --model hf.")
         InferenceSettings.of(config, num_inference_steps=self.num_inference_steps)
+        self._check_fits(config)
         super()._get_backend(config, backend="causal", trust_remote_code=trust_remote_code)
+
+    def _check_fits(self, config) -> None:
+        """Raise ValueError for settings that a model with such latents cannot have."""
+        if not config.num_latents:
+            return
+        if config.has_memory and self.latents == "sample":
+            raise ValueError("latents must be mean or none for a memory, which would draw a sample for each token.")
+        if config.has_memory and self._rolling_stride is not None:
+            raise ValueError("rolling_stride is of latents that are inferred anew: a memory infers at each token.")
+        if self.rolling == "bound" and (config.has_memory or not method_of(config).has_variance):
+            raise ValueError(
+                "rolling='bound' is of latents fitted with a variance to the whole text, which this model has none of: "
+                "take rolling='prefix'."
+            )
 
     @property
     def infers(self) -> bool:
         """Whether there are latents to infer."""
-        return self.latents != "none" and bool(self.model.config.num_latents)
+        config = self.model.config
+        return self.latents != "none" and bool(config.num_latents) and not (config.has_memory and not self._steps)
+
+    @property
+    def _steps(self) -> int:
+        steps = self.num_inference_steps
+        return self.model.config.num_inference_steps if steps is None else steps
 
     @property
     def rolling_stride(self) -> int:
@@ -115,16 +145,14 @@ class HFLTM(HFLM):
 
     def get_model_info(self) -> dict:
         """The harness's, for the file of results, and how this model thought: defaults are no `model_args`."""
-        if not self.model.config.num_latents:
-            return super().get_model_info()
-        steps = self.num_inference_steps
-        return super().get_model_info() | {
-            "latents": self.latents,
-            "num_inference_steps": self.model.config.num_inference_steps if steps is None else steps,
-            "inference_seed": self.inference_seed,
-            "rolling": self.rolling,
-            "rolling_stride": self.rolling_stride,
-        }
+        config, info = self.model.config, super().get_model_info()
+        if not config.num_latents:
+            return info
+        info |= {"latents": self.latents, "num_inference_steps": self._steps}
+        if config.has_memory:
+            return info
+        of_fits = {"inference_seed": self.inference_seed, "rolling": self.rolling}
+        return info | of_fits | {"rolling_stride": self.rolling_stride}
 
     # -------------------------------------------------------------- likelihood
 
@@ -146,30 +174,17 @@ class HFLTM(HFLM):
         if is_rolling and self.rolling == "bound":
             bounds = _finite([bound for some in chunks(requests, batch_size) for bound in self._bounds(some)])
             return [(bound, False) for bound in bounds]
-        stride = self.rolling_stride if is_rolling else self.max_length
+        stride = self.rolling_stride if is_rolling and not self.model.config.has_memory else self.max_length
 
-        # What is scored after each distinct context. One inference each, and one row of the decoder for continuations
-        # that differ in their last token only, such as the letters of a multiple choice.
-        scored = defaultdict(lambda: defaultdict(list))  # context -> all but the last token -> (request, last token)
-        num_truncated = 0
-        for request, (_, context, continuation) in enumerate(requests):
-            num_truncated += len(context) + len(continuation) > self.max_length + 1
-            for start in range(0, len(continuation), stride):
-                part = continuation[start : start + stride]
-                before = (*context, *continuation[:start])[-(self.max_length + 1 - len(part)) :]
-                scored[before][tuple(part[:-1])].append((request, part[-1]))
-        if num_truncated:
-            logger.warning(f"{num_truncated} of {len(requests)} requests are cut on the left to max_length.")
-
+        scored = self._scored_by_context(requests, stride)
         totals, greedy = [0.0] * len(requests), [True] * len(requests)
         progress = tqdm(total=len(scored), desc="Running loglikelihood contexts", disable=disable_tqdm or self.rank > 0)
         for contexts in chunks(sorted(scored, key=len, reverse=True), batch_size):
-            posterior = self._posterior(*self._pad(contexts))
-            latents = posterior.mean if self.latents == "mean" else posterior.sample(seed=self.inference_seed)
+            thoughts = self._think(contexts)
             rows = [(row, begun) for row, context in enumerate(contexts) for begun in scored[context]]
             for some in chunks(rows, batch_size):
                 texts = [contexts[row] + begun for row, begun in some]
-                logits = self._logits(texts, latents[[row for row, _ in some]])
+                logits = self._logits(texts, thoughts, [row for row, _ in some])
                 for (row, begun), row_logits in zip(some, logits, strict=True):
                     first = len(contexts[row]) - 1
                     row_logits = row_logits[first : first + len(begun) + 1]
@@ -187,6 +202,24 @@ class HFLTM(HFLM):
             for (strings, *_), answer in zip(requests, answers, strict=True):
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
+
+    def _scored_by_context(self, requests, stride: int) -> dict:
+        """What is scored after each distinct context: context -> all but the last token -> (request, last token).
+
+        One inference each, and one row of the decoder for continuations that differ in their last token only, such as
+        the letters of a multiple choice.
+        """
+        scored = defaultdict(lambda: defaultdict(list))
+        num_truncated = 0
+        for request, (_, context, continuation) in enumerate(requests):
+            num_truncated += len(context) + len(continuation) > self.max_length + 1
+            for start in range(0, len(continuation), stride):
+                part = continuation[start : start + stride]
+                before = (*context, *continuation[:start])[-(self.max_length + 1 - len(part)) :]
+                scored[before][tuple(part[:-1])].append((request, part[-1]))
+        if num_truncated:
+            logger.warning(f"{num_truncated} of {len(requests)} requests are cut on the left to max_length.")
+        return scored
 
     def _batch_size_for(self, requests, override_bs) -> int:
         if self.batch_size != "auto" or override_bs:
@@ -208,12 +241,27 @@ class HFLTM(HFLM):
         with self._autocast():
             return infer_posterior(self.model, input_ids, attention_mask, labels, num_inference_steps=steps, seed=seed)
 
+    def _think(self, contexts) -> dict:
+        """What is read of contexts: arguments of the model, a row each."""
+        config = self.model.config
+        if config.has_memory and self._steps == 1:  # it reads a context with what follows
+            return no_text_yet(self.model, len(contexts))
+        input_ids, attention_mask = self._pad(contexts)
+        posterior = self._posterior(input_ids, attention_mask)
+        if not config.has_memory:
+            return {"latents": posterior.mean if self.latents == "mean" else posterior.sample(self.inference_seed)}
+        state = state_of(posterior, config.num_attention_heads)
+        return {"latent_state": state, "latent_writes": attention_mask == 0}  # it holds the context already
+
     @torch.no_grad()
-    def _logits(self, texts, latents) -> torch.Tensor:
+    def _logits(self, texts, thoughts: dict, rows: list[int]) -> torch.Tensor:
         """(B, S, vocabulary). Padding on the right needs no mask: no token looks ahead."""
         input_ids, _ = self._pad(texts)
+        given = {name: tensor[rows] for name, tensor in thoughts.items()}
+        if (writes := given.get("latent_writes")) is not None:
+            given["latent_writes"] = F.pad(writes, (0, input_ids.shape[1] - writes.shape[1]), value=True)
         with self._autocast():
-            return self.model(input_ids=input_ids, latents=latents, use_cache=False).logits
+            return self.model(input_ids=input_ids, **given, use_cache=False).logits
 
     @torch.no_grad()
     def _bounds(self, windows) -> list[float]:
@@ -247,7 +295,9 @@ class HFLTM(HFLM):
             "inference_seed": self.inference_seed,
             "sample_latents": self.latents == "sample",
         }
-        if self.latents == "none":  # latents of zero say nothing
+        if self.latents == "none" and self.model.config.has_memory:
+            settings["num_inference_steps"] = 0
+        elif self.latents == "none":  # latents of zero say nothing
             settings["latents"] = torch.zeros((len(context), *self.model.config.latent_shape), device=context.device)
         # generate() seeds a sample of latents from torch's generator; a greedy text is no matter of the batches before.
         is_greedy = not generation_kwargs.get("do_sample")

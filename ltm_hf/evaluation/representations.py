@@ -1,11 +1,9 @@
 """Texts as points: the posterior means of their latents, and whether a text's topic can be read from them.
 
-Shapes: R rows (texts or blocks), F features, C classes, L layers, N latents a layer, D hidden.
+A memory's posterior is the one that it holds when it has read the text. The probe needs scikit-learn (the extra
+`examples`). Shapes: R rows (texts or blocks), F features, C classes, L layers, N latents a layer, D hidden.
 """
 
-import math
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +33,11 @@ def settings_of(model, num_inference_steps: int | None, seed: int) -> dict:
     settings = InferenceSettings.of(model.config, num_inference_steps=num_inference_steps)
     check_finite(model)
     return {"num_inference_steps": settings.num_inference_steps, "seed": seed}
+
+
+def readers(config) -> list[str]:
+    """In words, what reads the latents: each of the L."""
+    return ["memory"] if config.has_memory else [f"layer {layer + 1}" for layer in config.reading_layers]
 
 
 def check_blocks(blocks, least_tokens: int = 1) -> None:
@@ -127,27 +130,15 @@ def mean_pooled_embeddings(model, tokenizer, texts: Sequence[str], max_length: i
     )
 
 
-def tf_idf(
-    train_texts: Sequence[str], test_texts: Sequence[str], min_texts: int = 2
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, F) TF-IDF of lower-cased words: count · (ln((1 + R) / (1 + texts with it)) + 1), rows of length 1.
+def tf_idf(train_texts: Sequence[str], test_texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, F) TF-IDF of the words that two or more training texts hold, by scikit-learn. A row is of length 1, or zero.
 
-    Words and document frequencies are those of the training texts: words that at least `min_texts` of them hold, in
-    alphabetical order. The weights are scikit-learn's defaults. A text without a known word is a row of zeros.
+    Raises ValueError where there is no such word.
     """
-    train, test = ([Counter(re.findall(r"\w+", text.lower())) for text in part] for part in (train_texts, test_texts))
-    num_texts = Counter(word for counts in train for word in counts)
-    columns = {word: i for i, word in enumerate(sorted(w for w, texts in num_texts.items() if texts >= min_texts))}
-    idf = torch.tensor([math.log((1 + len(train)) / (1 + num_texts[word])) + 1 for word in columns])
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
-    def weigh(rows):
-        counted = torch.zeros(len(rows), len(columns))
-        for row, counts in zip(counted, rows, strict=True):
-            for word in counts.keys() & columns.keys():
-                row[columns[word]] = counts[word]
-        return F.normalize(counted * idf, dim=1)
-
-    return weigh(train), weigh(test)
+    words = TfidfVectorizer(token_pattern=r"\w+", min_df=2).fit(train_texts)
+    return tuple(torch.from_numpy(words.transform(part).toarray()).float() for part in (train_texts, test_texts))
 
 
 # ------------------------------------------------------------------ what can be read from features
@@ -163,76 +154,35 @@ def nearest_neighbours(
     return tuple(cosines.topk(count, dim=1))
 
 
-PENALTIES = tuple(10.0**exponent for exponent in range(-5, 2))
-
-
 def linear_probe(
     train: torch.Tensor,
     train_labels: torch.Tensor,
     test: torch.Tensor,
     test_labels: torch.Tensor,
     standardize: bool = True,
-    penalties: Sequence[float] = PENALTIES,
-    validation_fraction: float = 0.2,
     seed: int = 0,
-) -> tuple[torch.Tensor, float]:
-    """(R,) whether a multinomial logistic regression is right on each test row, and the penalty it was given.
+) -> torch.Tensor:
+    """(R,) whether a multinomial logistic regression is right on each test row.
 
-    It minimises the mean cross-entropy in nats + penalty / 2 · ‖weights‖² by L-BFGS in float64, from zero: convex, so
-    nothing is drawn. The penalty is the one with the least cross-entropy on a part of the TRAINING rows, which `seed`
-    chooses; the fit is then repeated on all of them. standardize: each feature to mean 0 and deviation 1 over the rows
-    of the fit; what is constant there is left out. Raises ValueError for features and labels that do not fit together.
+    Its penalty, of seven, is the one with the least cross-entropy on a fifth of the TRAINING rows, which `seed`
+    chooses; the fit is then repeated on all of them.
+    standardize: each feature to mean 0 and deviation 1 over the training rows. Raises ValueError for features and
+    labels that do not fit together, and for training rows too few to hold some of each class out.
     """
-    if train.shape[1:] != test.shape[1:] or len(train) != len(train_labels) or len(test) != len(test_labels):
-        raise ValueError(
-            f"Features must be (rows, features) with a label a row; got {tuple(train.shape)} with {len(train_labels)} "
-            f"labels to train and {tuple(test.shape)} with {len(test_labels)} to test on."
-        )
-    held_out = round(validation_fraction * len(train))
-    if not 1 <= held_out < len(train) or not len(test):
-        raise ValueError(
-            f"There are {len(train)} rows to train and {len(test)} to test on: {held_out} of the first cannot be held "
-            "out to choose the penalty and leave others to fit."
-        )
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    validation, fitted = order[:held_out], order[held_out:]
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    def logits_of(rows, labels, others, penalty):
-        if standardize:
-            rows, others = _standardized(rows, others)
-        weights, bias = _logistic_regression(rows.double(), labels, num_classes, penalty)
-        return others.double() @ weights + bias
-
-    def validation_loss(penalty):
-        logits = logits_of(train[fitted], train_labels[fitted], train[validation], penalty)
-        return F.cross_entropy(logits, train_labels[validation]).item()
-
-    penalty = min(penalties, key=validation_loss)
-    return logits_of(train, train_labels, test, penalty).argmax(dim=1) == test_labels, penalty
-
-
-def _standardized(rows: torch.Tensor, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, deviation = rows.mean(dim=0), rows.std(dim=0, correction=0)
-    scale = torch.where(deviation > 1e-6 * rows.abs().amax(dim=0), 1 / deviation, 0.0)  # rounding is no variance
-    return (rows - mean) * scale, (others - mean) * scale
-
-
-@torch.enable_grad()
-def _logistic_regression(rows, labels, num_classes, penalty) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (F, C) and biases (C,), which are not penalised."""
-    weights = torch.zeros(rows.shape[1], num_classes, dtype=rows.dtype, requires_grad=True)
-    bias = torch.zeros(num_classes, dtype=rows.dtype, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([weights, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe")
-
-    def objective():
-        lbfgs.zero_grad()
-        loss = F.cross_entropy(rows @ weights + bias, labels) + 0.5 * penalty * weights.square().sum()
-        loss.backward()
-        return loss
-
-    lbfgs.step(objective)
-    return weights.detach(), bias.detach()
+    steps = [*([StandardScaler()] if standardize else []), LogisticRegression(max_iter=1000)]
+    probe = GridSearchCV(
+        make_pipeline(*steps),
+        {"logisticregression__C": [10.0**exponent / len(train) for exponent in range(-1, 6)]},
+        scoring="neg_log_loss",
+        cv=StratifiedShuffleSplit(1, test_size=0.2, random_state=seed),
+    )
+    guessed = probe.fit(train.numpy(), train_labels.numpy()).predict(test.numpy())
+    return torch.from_numpy(guessed) == test_labels
 
 
 # ------------------------------------------------------------------ the study: does z capture topic?
@@ -352,54 +302,47 @@ def topic_probe(
         "mean-pooled embeddings": [mean_pooled_embeddings(model, tokenizer, part, max_length) for part in parts],
         "TF-IDF": tf_idf(*parts),
     }
-    train_labels, test_labels = torch.tensor(texts.train_labels), torch.tensor(texts.test_labels)
-    right, penalties, neighbours = {}, {}, {}
-    for name, (train, test) in features.items():
-        dense = name != "TF-IDF"
-        right[name], penalties[name] = linear_probe(
-            train, train_labels, test, test_labels, standardize=dense, seed=seed
-        )
-        centre = train.mean(dim=0) if dense else 0.0
-        neighbours[name] = nearest_neighbours(test - centre, train - centre, num_neighbours)
-    right["the majority class"] = test_labels == train_labels.mode().values
-    shares = [F.one_hot(labels, len(texts.classes)).double().mean(0) for labels in (train_labels, test_labels)]
-    cosines, indices = neighbours[THOUGHTS]
-    return {
-        **settings,
-        "source": texts.source,
-        "classes": texts.classes,
-        "num_train": len(train_labels),
-        "num_test": len(test_labels),
+    labels = [torch.tensor(part) for part in (texts.train_labels, texts.test_labels)]
+    result = settings | {
+        "source": texts.source, "classes": texts.classes, "num_train": len(labels[0]), "num_test": len(labels[1]),
         "num_features": {name: train.shape[1] for name, (train, _) in features.items()},
-        "penalty": penalties,
-        "accuracy": {name: figure(correct) for name, correct in right.items()},
-        "difference": {
-            name: figure(right[THOUGHTS].double() - correct.double())
-            for name, correct in right.items()
-            if name != THOUGHTS
-        },
-        "num_neighbours": num_neighbours,
-        "same_class": {
-            name: figure((train_labels[found] == test_labels[:, None]).double().mean(dim=1))
-            for name, (_, found) in neighbours.items()
-        },
-        "same_class_by_chance": (shares[0] @ shares[1]).item(),
-        "examples": [
-            {
-                "text": texts.test_texts[row],
-                "class": texts.classes[texts.test_labels[row]],
-                "neighbours": [
-                    {
-                        "text": texts.train_texts[index],
-                        "class": texts.classes[texts.train_labels[index]],
-                        "cosine": cosine,
-                    }
-                    for cosine, index in zip(cosines[row].tolist(), indices[row].tolist(), strict=True)
-                ],
-            }
-            for row in range(min(num_examples, len(test_labels)))
-        ],
+    }  # fmt: skip
+    result |= _probed(features, labels, seed)
+    return result | _near(features, labels, texts, num_neighbours, num_examples)
+
+
+def _probed(features: dict, labels: list[torch.Tensor], seed: int) -> dict:
+    """How often the probe is right, by features, and where posterior means are right and others are not."""
+    right = {
+        name: linear_probe(train, labels[0], test, labels[1], standardize=name != "TF-IDF", seed=seed)
+        for name, (train, test) in features.items()
     }
+    right["the majority class"] = labels[1] == labels[0].mode().values
+    thoughts = right[THOUGHTS].double()
+    difference = {name: figure(thoughts - one.double()) for name, one in right.items() if name != THOUGHTS}
+    return {"accuracy": {name: figure(one) for name, one in right.items()}, "difference": difference}
+
+
+def _near(features: dict, labels: list[torch.Tensor], texts: LabelledTexts, count: int, num_examples: int) -> dict:
+    """How often nearest neighbours are of the same class, by features, and some of them."""
+    found = {}
+    for name, (train, test) in features.items():
+        centre = 0.0 if name == "TF-IDF" else train.mean(dim=0)
+        found[name] = nearest_neighbours(test - centre, train - centre, count)
+    train, test = labels
+    same = {name: figure((train[near] == test[:, None]).double().mean(dim=1)) for name, (_, near) in found.items()}
+    shares = [F.one_hot(part, len(texts.classes)).double().mean(0) for part in labels]
+
+    def neighbour(cosine, row):
+        return {"text": texts.train_texts[row], "class": texts.classes[texts.train_labels[row]], "cosine": cosine}
+
+    near = zip(texts.test_texts, texts.test_labels, *(part.tolist() for part in found[THOUGHTS]), strict=True)
+    examples = [
+        {"text": text, "class": texts.classes[label], "neighbours": list(map(neighbour, cosines, rows))}
+        for text, label, cosines, rows in list(near)[:num_examples]
+    ]
+    chance = (shares[0] @ shares[1]).item()
+    return {"num_neighbours": count, "same_class": same, "same_class_by_chance": chance, "examples": examples}
 
 
 def topic_probe_markdown(result: dict) -> str:

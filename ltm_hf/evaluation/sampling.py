@@ -77,26 +77,31 @@ def sample_texts(
 ) -> list[WrittenText]:
     """n texts from begin-of-text; of an LTM with latents from the prior: text i reads `sample_prior(n, seed)[i]`.
 
-    By "map", which has learned without noise, all read z = 0, a memory of nothing. Then, and without latents, greedy
-    search writes the same text n times. Raises ValueError for a number below 1, a tokenizer without a begin-of-text
-    token, more tokens than the model's context holds, and weights that are not finite.
+    A memory begins with nothing, the prior's mean, and learns as it writes. Then, and without latents, greedy search
+    writes the same text n times. Raises ValueError for a number below 1, a tokenizer without a begin-of-text token,
+    more tokens than the model's context holds, and weights that are not finite.
     """
     check_at_least(1, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    check_finite(model)
+    check_inference(model)
     if tokenizer.bos_token_id is None:
         raise ValueError("Texts without a prompt need a tokenizer with a begin-of-text token (bos_token).")
     check_room(model, [1], max_new_tokens)
 
-    def latents_of(prompts, keys):
+    def thoughts_of(prompts, keys):
+        if not has_prior_thoughts(model):
+            return {}
         origin = torch.zeros((len(prompts), *model.config.latent_shape), device=keys.device)
-        if model.config.inference_optimizer == "map":
-            return origin
-        return LatentPosterior(origin, origin, keys=keys).sample(seed)
+        return {"latents": LatentPosterior(origin, origin, keys=keys).sample(seed)}
 
     prompts = [[tokenizer.bos_token_id]] * n
     return _write(
-        model, tokenizer, prompts, range(n), latents_of, max_new_tokens, decoding, None, batch_size, seed, progress
+        model, tokenizer, prompts, range(n), thoughts_of, max_new_tokens, decoding, None, batch_size, seed, progress
     )
+
+
+def has_prior_thoughts(model) -> bool:
+    """Whether each text without a prompt reads latents of its own, from the prior."""
+    return bool(getattr(model.config, "num_latents", 0)) and not model.config.has_memory
 
 
 def complete_texts(
@@ -114,10 +119,11 @@ def complete_texts(
     seed: int = 0,
     progress: bool = True,
 ) -> list[list[WrittenText]]:
-    """`num_samples` continuations of each prompt. An LTM infers its latents from the prompt alone.
+    """`num_samples` continuations of each prompt. An LTM infers its latents from the prompt alone; a memory goes on.
 
     prompts: texts, encoded with what the tokenizer puts before one, or token ids as they are.
-    decoding: when drawing, each continuation reads its own sample of the posterior; greedy search reads the mean.
+    decoding: when drawing, each continuation reads its own sample of the posterior; greedy search, and a memory, reads
+        the mean.
     num_inference_steps: default as in `generate`, the generation config's or the model's.
     stop_strings: a text ends with the first of them that it writes.
     keys: numbers below 2³² that name the prompts to the noise; default 0, 1, … Continuation j depends on its prompt,
@@ -135,40 +141,47 @@ def complete_texts(
     prompts = [_tokens(tokenizer, prompt) for prompt in prompts]
     check_room(model, [len(prompt) for prompt in prompts], max_new_tokens)
 
-    def latents_of(prompts, keys):
-        different = list(dict.fromkeys(map(tuple, prompts)))  # several continuations of a prompt share its inference
-        asked = {"num_inference_steps": num_inference_steps, "do_sample": decoding.do_sample}
-        settings, sample_latents, _ = model._pop_inference_settings(None, asked)
-        posterior = infer_posterior(model, *_left_padded(different, model.device), **settings)
-        posterior = posterior[[different.index(tuple(prompt)) for prompt in prompts]]
-        posterior.keys = posterior.keys + keys
-        return posterior.sample(seed) if sample_latents else posterior.mean
+    def thoughts_of(prompts, keys):
+        return _thoughts(model, prompts, keys, num_inference_steps, decoding, seed)
 
     pairs = list(product(range(len(prompts)), range(num_samples)))
     written = _write(
-        model,
-        tokenizer,
-        [prompts[prompt] for prompt, _ in pairs],
-        [keys[prompt] + (sample << 32) for prompt, sample in pairs],
-        latents_of,
-        max_new_tokens,
-        decoding,
-        stop_strings,
-        batch_size,
-        seed,
-        progress,
-    )
+        model, tokenizer, [prompts[prompt] for prompt, _ in pairs],
+        [keys[prompt] + (sample << 32) for prompt, sample in pairs], thoughts_of, max_new_tokens, decoding,
+        stop_strings, batch_size, seed, progress,
+    )  # fmt: skip
     return [written[start : start + num_samples] for start in range(0, len(written), num_samples)]
+
+
+def _thoughts(model, prompts, keys, num_inference_steps, decoding: Decoding, seed: int) -> dict:
+    """What generate() is told of latents, to continue prompts; none is inferred twice."""
+    if not getattr(model.config, "num_latents", 0):
+        return {}
+    if model.config.has_memory:  # which reads a prompt as generate() does
+        return {"num_inference_steps": num_inference_steps}
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    asked = {"num_inference_steps": num_inference_steps, "do_sample": decoding.do_sample}
+    settings = model._pop_inference_settings(None, asked)
+    posterior = infer_posterior(model, *_left_padded(different, model.device), **settings.inference)
+    posterior = posterior[[different.index(tuple(prompt)) for prompt in prompts]]
+    posterior.keys = posterior.keys + keys
+    return {"latents": posterior.sample(seed) if settings.sample_latents else posterior.mean}
 
 
 def _tokens(tokenizer, prompt: str | list[int]) -> list[int]:
     return encode(tokenizer, [prompt], begin=True)["input_ids"][0] if isinstance(prompt, str) else list(prompt)
 
 
-def check_inference(model, num_inference_steps: int | None) -> None:
-    """Raise a ValueError for weights that are not finite, and for so many steps if the model can think at all."""
+def check_inference(model, num_inference_steps: int | None = None) -> None:
+    """Raise a ValueError for weights that are not finite, for so many steps if the model can think at all, and for a
+    memory that is to draw its thoughts, which would not be keyed."""
     if getattr(model.config, "num_latents", 0):
         InferenceSettings.of(model.config, num_inference_steps=num_inference_steps)
+        if model.config.has_memory and getattr(model.generation_config, "sample_latents", None):
+            raise ValueError(
+                "The generation config says sample_latents=True: a memory draws at each token from torch's generator, "
+                "and here a text depends on its seed alone."
+            )
     check_finite(model)
 
 
@@ -179,9 +192,11 @@ def context_length(model) -> int | None:
 
 def check_room(model, lengths: Sequence[int], max_new_tokens: int) -> None:
     """Raise a ValueError unless all prompts have tokens, and leave room for so many more."""
-    if min(lengths, default=1) < 1:
+    if not lengths:
+        return
+    if min(lengths) < 1:
         raise ValueError(f"Prompt {list(lengths).index(0)} is empty: it has no token to continue.")
-    limit, longest = context_length(model), max(lengths, default=0)
+    limit, longest = context_length(model), max(lengths)
     if limit is not None and longest + max_new_tokens > limit:
         raise ValueError(
             f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than the {limit} the model holds."
@@ -209,7 +224,7 @@ def _write(
     tokenizer,
     prompts: list[list[int]],
     keys: Sequence[int],
-    latents_of: Callable[[list[list[int]], torch.Tensor], torch.Tensor],
+    thoughts_of: Callable[[list[list[int]], torch.Tensor], dict],
     max_new_tokens: int,
     decoding: Decoding,
     stop_strings: list[str] | None,
@@ -217,7 +232,7 @@ def _write(
     seed: int,
     progress: bool,
 ) -> list[WrittenText]:
-    """A text for each prompt, prompts of like length together. `latents_of` is asked only of a model with latents."""
+    """A text for each prompt, prompts of like length together. thoughts_of: what generate() is told of latents."""
     eos = model.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -235,9 +250,7 @@ def _write(
             row_keys = torch.tensor([keys[row] for row in rows], device=model.device)
             input_ids, attention_mask = _left_padded(batch, model.device)
             width = input_ids.shape[1]
-            if getattr(model.config, "num_latents", 0):
-                options["latents"] = latents_of(batch, row_keys)
-            processors = []
+            thoughts, processors = thoughts_of(batch, row_keys), []
             if decoding.do_sample:
                 row_keys = row_keys + sequence_keys(input_ids, attention_mask)
                 processors = [*decoding.warpers(), _KeyedSampling(row_keys, seed, width)]
@@ -250,6 +263,7 @@ def _write(
                 return_dict_in_generate=False,
                 logits_processor=LogitsProcessorList(processors),
                 **options,
+                **thoughts,
             )
             for row, tokens in zip(rows, output[:, width:].tolist(), strict=True):
                 end = next((place for place, token in enumerate(tokens) if token in eos), None)

@@ -16,11 +16,11 @@ from ..data.files import is_hub_name, local_files
 from ..data.numbers import check_at_least
 from ..loading import load_causal_lm
 from . import gsm8k as gsm8k_module
-from . import probing, probing_plots, representations, text
-from .likelihood import Likelihood, chosen, evaluate_documents, fitting_block_size, markdown_table
+from . import latent_plots, rebuilding, representations, text, usage
+from .likelihood import Likelihood, chosen, default_figures, evaluate_documents, fitting_block_size, markdown_table
 from .report import Report, fingerprint, likelihood_from_json, likelihood_to_json, one_line
 from .sampling import check_room
-from .thinking import plot_thinking, thinking_curve, thinking_table, write_thinking_csv
+from .thinking import plot_thinking, takes_steps, thinking_curve, thinking_table, write_thinking_csv
 from .zero_shot import ZERO_SHOT, load_zero_shot, plot_zero_shot, zero_shot_table
 
 
@@ -41,6 +41,10 @@ class Subject:
     @property
     def has_latents(self) -> bool:
         return bool(getattr(self.model.config, "num_latents", 0))
+
+    @property
+    def has_bound(self) -> bool:
+        return "bound" in default_figures(self.model)
 
     @property
     def key(self) -> dict:
@@ -75,6 +79,19 @@ def check_settings(**settings) -> None:
 # ------------------------------------------------------------------ likelihood
 
 
+def _measured(subjects: Sequence[Subject], texts, block_size, num_samples: int = 0, **settings) -> tuple[dict, list]:
+    """Likelihoods by model, for JSON, and what could not be had. num_samples: of those with a bound."""
+    columns, notes = {}, []
+    for subject in subjects:
+        samples = num_samples if subject.has_bound else 0
+        likelihood, missing = evaluate_documents(
+            subject.model, subject.tokenizer, texts, block_size, num_samples=samples, **settings
+        )
+        columns[subject.name] = likelihood_to_json(likelihood)
+        notes += [note for note in missing if note not in notes]
+    return columns, notes
+
+
 def likelihood_section(
     report: Report, subjects: Sequence[Subject], texts: Sequence[str], source: str, block_size: int, **settings
 ) -> dict[str, Likelihood]:
@@ -82,11 +99,7 @@ def likelihood_section(
     check_settings(block_size=shared_block_size(subjects, block_size), **settings)
 
     def compute():
-        columns, notes = {}, []
-        for subject in subjects:
-            likelihood, missing = evaluate_documents(subject.model, subject.tokenizer, texts, block_size, **settings)
-            columns[subject.name] = likelihood_to_json(likelihood)
-            notes += [note for note in missing if note not in notes]
+        columns, notes = _measured(subjects, texts, block_size, **settings)
         first = [subject.tokenizer(texts[0][:1000])["input_ids"] for subject in subjects]
         return {"columns": columns, "notes": notes, "same_tokens": all(ids == first[0] for ids in first)}
 
@@ -113,7 +126,7 @@ def likelihood_section(
 def thinking_section(
     report: Report, subjects: Sequence[Subject], texts: Sequence[str], block_size: int, num_blocks: int, **settings
 ) -> None:
-    """Thinking curves of the models that have latents. settings: of `thinking_curve`."""
+    """Thinking curves of the models that take inference steps. settings: of `thinking_curve`."""
     check_settings(block_size=shared_block_size(subjects, block_size), num_blocks=num_blocks, **settings)
 
     def compute():
@@ -125,7 +138,7 @@ def thinking_section(
                 **settings,
             )
             for subject in subjects
-            if subject.has_latents
+            if takes_steps(subject.model)
         }
 
     def show(result, folder):
@@ -136,7 +149,8 @@ def thinking_section(
             f"± standard error over documents; also in thinking.csv.\n\n{thinking_table(result)}"
         )
 
-    if _check_latents(report, "thinking", "Thinking", subjects):
+    can_think = any(takes_steps(subject.model) for subject in subjects)
+    if _has_any(report, "thinking", "Thinking", can_think, "takes inference steps"):
         key = {"models": [subject.key for subject in subjects], "texts": fingerprint(texts), "block_size": block_size}
         report.section("thinking", "Thinking", key | {"num_blocks": num_blocks} | settings, compute, show)
 
@@ -158,10 +172,7 @@ def zero_shot_section(
 
         def compute(name=name):
             texts, source = load_zero_shot(name, folder, num_documents, settings.get("seed", 0))
-            columns = {}
-            for subject in subjects:
-                likelihood, _ = evaluate_documents(subject.model, subject.tokenizer, texts, block_size, **settings)
-                columns[subject.name] = likelihood_to_json(likelihood)
+            columns, _ = _measured(subjects, texts, block_size, **settings)
             return {"columns": columns, "source": source}
 
         key = {"models": [subject.key for subject in subjects], "folder": folder, "num_documents": num_documents,
@@ -241,30 +252,31 @@ def gsm8k_section(report: Report, subjects: Sequence[Subject], data: str, **sett
 def latents_sections(
     report: Report, subject: Subject, texts: Sequence[str], block_size: int, num_blocks: int, **settings
 ) -> None:
-    """Reconstruction layer by layer, interpolation, what each latent carries, and who reads it."""
+    """Reconstruction, layer by layer where layers read, interpolation, what each latent carries, and who reads it."""
     check_settings(block_size=shared_block_size([subject], block_size), num_blocks=num_blocks, **settings)
-    if not _check_latents(report, "latents", "What the latents know", [subject]):
+    if not _has_any(report, "latents", "What the latents know", subject.has_latents):
         return
     model, tokenizer = subject.model, subject.tokenizer
     blocks = chosen(document_blocks(texts, tokenizer, block_size), num_blocks)
     passages = [tokenizer.decode(row["input_ids"][1:]) for row in blocks]
     pairs = list(zip(passages[::2], passages[1::2], strict=False))
+    by_layer = {"progressive_inclusion": ("Rebuilding a text, layer by layer", rebuilding, (model, blocks))}
     studies = {
-        "progressive_inclusion": ("Rebuilding a text, layer by layer", (model, blocks)),
-        "reconstruction": ("Rebuilding a text", (model, tokenizer, blocks)),
-        "interpolation": ("Between two thoughts", (model, tokenizer, pairs)),
-        "latent_usage": ("What each latent carries", (model, blocks)),
-        "cross_attention": ("Which tokens read which latents", (model, tokenizer, blocks)),
+        **({} if model.config.has_memory else by_layer),
+        "reconstruction": ("Rebuilding a text", rebuilding, (model, tokenizer, blocks)),
+        "interpolation": ("Between two thoughts", rebuilding, (model, tokenizer, pairs)),
+        "latent_usage": ("What each latent carries", usage, (model, blocks)),
+        "latent_reading": ("Which tokens read which latents", usage, (model, tokenizer, blocks)),
     }
     key = subject.key | {"texts": fingerprint(texts), "block_size": block_size, "num_blocks": num_blocks} | settings
-    for name, (title, arguments) in studies.items():
+    for name, (title, module, arguments) in studies.items():
 
-        def compute(name=name, arguments=arguments):
-            return getattr(probing, name)(*arguments, **settings)
+        def compute(name=name, module=module, arguments=arguments):
+            return getattr(module, name)(*arguments, **settings)
 
-        def show(result, folder, name=name, title=title):
-            markdown = getattr(probing, f"{name}_markdown")(result)
-            plot = getattr(probing_plots, f"plot_{name}", None)
+        def show(result, folder, name=name, module=module, title=title):
+            markdown = getattr(module, f"{name}_markdown")(result)
+            plot = getattr(latent_plots, f"plot_{name}", None)
             if plot is None:
                 return markdown
             plot(result, folder / f"{name}.png")
@@ -277,7 +289,7 @@ def topic_section(report: Report, subject: Subject, name_or_file: str, **setting
     """Whether topics can be read from posterior means. settings: of `topic_probe`."""
     check_settings(**settings)
     local_files(name_or_file)  # raises where there is none
-    if not _check_latents(report, "topic", "Topics", [subject]):
+    if not _has_any(report, "topic", "Topics", subject.has_latents):
         return
 
     def compute():
@@ -287,7 +299,7 @@ def topic_section(report: Report, subject: Subject, name_or_file: str, **setting
     key = subject.key | {"data": name_or_file} | settings
 
     def show(result, folder):
-        probing_plots.plot_topic_probe(result, folder / "topic.png")
+        latent_plots.plot_topic_probe(result, folder / "topic.png")
         return f"![What can be read from posterior means](topic.png)\n\n{representations.topic_probe_markdown(result)}"
 
     report.section("topic", "Topics", key, compute, show)
@@ -296,13 +308,12 @@ def topic_section(report: Report, subject: Subject, name_or_file: str, **setting
 # ------------------------------------------------------------------ shared
 
 
-def _check_latents(report, name, title, subjects) -> bool:
-    """Whether a model has latents; where none has, the section says so."""
-    if any(subject.has_latents for subject in subjects):
-        return True
+def _has_any(report: Report, name: str, title: str, found: bool, what: str = "has latents") -> bool:
+    """Whether a model has what a section needs; where none has, the section says so."""
+    if not found:
 
-    def refuse():
-        raise ValueError("no model here has latents.")
+        def refuse():
+            raise ValueError(f"no model here {what}.")
 
-    report.section(name, title, {}, refuse, lambda result, folder: "")
-    return False
+        report.section(name, title, {}, refuse, lambda result, folder: "")
+    return found

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data import collate_blocks, encode
 from ..data.numbers import check_at_least
-from ..likelihood_ltm import negative_log_likelihood, scored_tokens
+from ..likelihood_ltm import Text, negative_log_likelihood
 from ..losses_ltm import IGNORED
 from .figures import as_figure, cell, check_finite, evaluating, figure, markdown_rows, ratio_and_error
+from .likelihood import no_text_yet
 from .sampling import (
     GREEDY,
     MULTINOMIAL,
@@ -28,6 +29,7 @@ from .sampling import (
     check_room,
     complete_texts,
     context_length,
+    has_prior_thoughts,
     sample_texts,
 )
 
@@ -103,8 +105,9 @@ def judged_losses(
     batch_size: int = 8,
     progress: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n,) nats of each text under a causal LM, and (n,) scored tokens, its own. An LTM judges without latents.
+    """(n,) nats of each text under a causal LM, and (n,) scored tokens, its own.
 
+    An LTM judges without latents; one with a memory by what it has read before each token, contexts included.
     contexts: what the texts follow, tokenised apart from them and not scored.
     A text's first token is conditioned on the judge's begin-of-text token and the context; where there is neither, it
     is not scored. Nor is what lies beyond the judge's context length.
@@ -125,8 +128,10 @@ def judged_losses(
     with evaluating(judge):
         for start in tqdm(range(0, len(rows), batch_size), desc="Judging", disable=not progress, leave=False):
             batch = {name: x.to(judge.device) for name, x in collate_blocks(rows[start : start + batch_size]).items()}
-            nats.append(negative_log_likelihood(judge, **batch).double().cpu())
-            counts.append((scored_tokens(**batch) != IGNORED).sum(dim=1).cpu())
+            read = Text.unchecked(**batch)
+            memory = no_text_yet(judge, len(read.input_ids))
+            nats.append(negative_log_likelihood(judge, read, **memory).double().cpu())
+            counts.append(read.num_tokens.cpu())
     return torch.cat(nats), torch.cat(counts)
 
 
@@ -224,74 +229,67 @@ def text_figures(
 
     references: human texts; the first n, cut to max_new_tokens, stand beside the texts without a prompt. The first n
         that have more than prompt_tokens tokens give the prompts, and their next max_new_tokens stand beside the
-        completions, whose judge and MAUVE know the prompt. A model that has no latents writes no greedy texts without
-        a prompt: they would be one and the same.
+        completions, whose judge and MAUVE know the prompt. Greedy texts without a prompt are left out where they would
+        be one and the same, without latents or with a memory.
     prompt_tokens: begin-of-text included; None leaves completions out.
     decodings: names and `Decoding`s; default multinomial and greedy.
     judge: (model, tokenizer), or a causal LM's folder or name; None leaves its figure out.
     features: for MAUVE, in the same forms; only those of gpt2-large compare with published figures.
-    split: a text to what entropy, distinct and repetition count; default words, so that models of different tokenizers
-        compare.
+    split: a text to what entropy, distinct and repetition count; default words, which compare across tokenizers.
 
     Returns a dict for JSON: `settings`; `figures`, for each way of writing, each figure; `examples`, texts of each way.
     A judge or features that cannot be had are skipped, with the reason in their place. Raises ValueError, before any
     computation, for numbers out of range, no references, and weights that are not finite.
     """
-    check_at_least(1, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    check_at_least(1, prompt_tokens=1 if prompt_tokens is None else prompt_tokens)
+    longest = 1 if prompt_tokens is None else prompt_tokens
+    check_at_least(1, n=n, max_new_tokens=max_new_tokens, batch_size=batch_size, prompt_tokens=longest)
     check_at_least(0, num_examples=num_examples)
     check_inference(model, num_inference_steps)
+    check_room(model, [longest], max_new_tokens)
     decodings = {"multinomial": MULTINOMIAL, "greedy": GREEDY} if decodings is None else decodings
-    check_room(model, [1 if prompt_tokens is None else prompt_tokens], max_new_tokens)
     if not references:
         raise ValueError("There are no references: human texts to hold what the model writes against.")
-    options = {"batch_size": batch_size, "seed": seed, "progress": progress}
-    ways, prompts = {}, {}  # texts by way of writing; what they follow, if anything
+    ways, prompts = _written(
+        model, tokenizer, references, n, max_new_tokens, prompt_tokens, decodings,
+        num_inference_steps=num_inference_steps, batch_size=batch_size, seed=seed, progress=progress,
+    )  # fmt: skip
+    figures = {way: _of_tokens(texts, split) for way, texts in ways.items()}
+    others = {"batch_size": min(batch_size, 8), "progress": progress}
+    _judge(figures, ways, prompts, judge, model.device, **others)
+    _compare(figures, ways, prompts, features, model.device, seed, **others)
+    settings = {
+        "n": n, "max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens,
+        "decodings": {name: asdict(decoding) for name, decoding in decodings.items()},
+        "num_inference_steps": num_inference_steps, "judge": _name(judge), "features": _name(features), "seed": seed,
+    }  # fmt: skip
+    examples = {
+        way: [{"prompt": prompts[way][row], "text": text.text} for row, text in enumerate(texts[:num_examples])]
+        for way, texts in ways.items()
+    }
+    return {"settings": settings, "figures": figures, "examples": examples}
 
+
+def _written(
+    model, tokenizer, references, n, max_new_tokens, prompt_tokens, decodings, *, num_inference_steps, **options
+) -> tuple[dict[str, list[WrittenText]], dict[str, list[str]]]:
+    """Texts by way of writing, and the prompt that each of them follows, which may be empty."""
     bodies = encode(tokenizer, references[:n])["input_ids"]
-    ways["texts: references"] = [_cut(tokenizer, body, max_new_tokens) for body in bodies]
+    ways = {"texts: references": [_cut(tokenizer, body, max_new_tokens) for body in bodies]}
     for name, decoding in decodings.items():
-        if decoding.do_sample or getattr(model.config, "num_latents", 0):
+        if decoding.do_sample or has_prior_thoughts(model):
             ways[f"texts: {name}"] = sample_texts(model, tokenizer, n, max_new_tokens, decoding, **options)
-
     wholes = [] if prompt_tokens is None else encode(tokenizer, references, begin=True)["input_ids"]
     wholes = [ids for ids in wholes if len(ids) > prompt_tokens][:n]
+    heads = [ids[:prompt_tokens] for ids in wholes]
     if wholes:
-        heads = [ids[:prompt_tokens] for ids in wholes]
         ways["completions: references"] = [_cut(tokenizer, ids[prompt_tokens:], max_new_tokens) for ids in wholes]
         for name, decoding in decodings.items():
             completed = complete_texts(
                 model, tokenizer, heads, max_new_tokens, decoding, num_inference_steps=num_inference_steps, **options
             )
             ways[f"completions: {name}"] = [text for (text,) in completed]
-        shown = [_decode(tokenizer, head) for head in heads]
-        prompts = {way: shown for way in ways if way.startswith("completions: ")}
-
-    figures = {way: _of_tokens(texts, split) for way, texts in ways.items()}
-    others = {"batch_size": min(batch_size, 8), "progress": progress}
-    if judge is not None:
-        _judge(figures, ways, prompts, judge, model.device, **others)
-    _compare(figures, ways, prompts, features, model.device, seed, **others)
-    return {
-        "settings": {
-            "n": n,
-            "max_new_tokens": max_new_tokens,
-            "prompt_tokens": prompt_tokens,
-            "decodings": {name: asdict(decoding) for name, decoding in decodings.items()},
-            "num_inference_steps": num_inference_steps,
-            "judge": _name(judge),
-            "features": _name(features),
-            "seed": seed,
-        },
-        "figures": figures,
-        "examples": {
-            way: [
-                {"prompt": prompts[way][row] if way in prompts else "", "text": text.text}
-                for row, text in enumerate(texts[:num_examples])
-            ]
-            for way, texts in ways.items()
-        },
-    }
+    shown = [_decode(tokenizer, head) for head in heads]
+    return ways, {way: shown if way.startswith("completions: ") else [""] * len(texts) for way, texts in ways.items()}
 
 
 def text_table(result: dict) -> str:
@@ -342,12 +340,14 @@ def _of_defined(values: Iterable[float]) -> dict:
 
 
 def _judge(figures, ways, prompts, judge, device, **options) -> None:
+    if judge is None:
+        return
     loaded = _loaded(judge, device)
     for way, texts in ways.items():
         if isinstance(loaded, str):
             figures[way]["judge_perplexity"] = {"skipped": loaded}
         else:
-            losses = judged_losses(*loaded, [text.text for text in texts], prompts.get(way), **options)
+            losses = judged_losses(*loaded, [text.text for text in texts], prompts[way], **options)
             figures[way]["judge_perplexity"] = pooled_perplexity(*losses)
 
 
@@ -364,9 +364,7 @@ def _compare(figures, ways, prompts, features, device, seed, **options) -> None:
             if isinstance(loaded, str):
                 raise OSError(loaded)
             for one in {way, reference} - read.keys():
-                wholes = [text.text for text in ways[one]]
-                if one in prompts:
-                    wholes = [prompt + text for prompt, text in zip(prompts[one], wholes, strict=True)]
+                wholes = [prompt + text.text for prompt, text in zip(prompts[one], ways[one], strict=True)]
                 read[one] = text_features(*loaded, wholes, **options)
             figures[way]["mauve"] = mauve(read[way], read[reference], seed)
         except (ImportError, OSError, ValueError) as error:

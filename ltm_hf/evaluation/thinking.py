@@ -1,19 +1,27 @@
 """Thinking curves: what more inference steps, or more latents, save, and what they cost."""
 
-import copy
 import csv
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..costs.flops import training_flops
+import torch
+
+from ..costs.flops import count_flops
 from ..data.numbers import check_at_least
+from ..inference_ltm import infer_posterior
+from ..methods_ltm import method_of
 from .figures import markdown_rows, with_error
-from .likelihood import score_blocks
+from .likelihood import default_figures, score_blocks
 
 LABELS = {"bound": "bound with fresh noise", "prefix": "prefix: what follows, latents from what precedes"}
 _WITHOUT = {"bound": "no_latents", "prefix": "prefix_no_latents"}  # the same tokens without latents
+
+
+def takes_steps(model) -> bool:
+    """Whether there is a dial to turn."""
+    return bool(getattr(model.config, "num_latents", 0)) and method_of(model.config).takes_steps
 
 
 def thinking_curve(
@@ -32,19 +40,22 @@ def thinking_curve(
 
     A row holds `figure`, `num_inference_steps` and `num_latents`; `nats` a token with its `error`; `saved`, what the
     same tokens' loss without latents lies above it, block by block, with its `saved_error`; the `seconds` a block of
-    inference and scoring; and `mflops`, 10⁶ FLOPs a token of inference alone by the closed form of `flops`.
-    By Langevin dynamics there is no bound, and no row of one. Figures that are not finite are NaN.
+    inference and scoring; and `mflops`, 10⁶ FLOPs a token of inference alone, as torch counts them on the longest
+    block. Of a model without a bound (`default_figures`) there is no row of one. Figures that are not finite are NaN.
 
-    Raises ValueError as `evaluate_likelihood` does, and for no steps or a number of them below 0.
+    Raises ValueError as `evaluate_likelihood` does, for no steps or a number of them below 0, and for a model that
+    takes none.
     """
+    if not takes_steps(model):
+        raise ValueError("This model takes no inference steps: there is no curve of them.")
     check_at_least(1, steps=len(steps))
     check_at_least(0, **{f"steps[{index}]": number for index, number in enumerate(steps)})
     rows = []
     for figure, on in (("bound", blocks), ("prefix", prefix_blocks or blocks)):
+        if figure not in default_figures(model):
+            continue
         shared = dict(batch_size=batch_size, seed=seed, progress=progress)
         plain = score_blocks(model, on, figures=[_WITHOUT[figure]], **shared)
-        length = max(len(block["input_ids"]) for block in on)
-        config = copy.deepcopy(model.config)
         for number in sorted(set(steps)):
             start = time.perf_counter()
             scores = score_blocks(
@@ -53,19 +64,21 @@ def thinking_curve(
             seconds = (time.perf_counter() - start) / len(on)
             scores.nats |= plain.nats
             nats, error = scores.mean(figure)
-            if nats == math.inf and figure == "bound":
-                continue  # a chain ends at a point, which has no bound
             saved, saved_error = scores.mean(_WITHOUT[figure], minus=figure)
-            config.num_inference_steps = number
-            inference = number * training_flops(config, length).fast_step
             rows.append(
                 {
                     "figure": figure, "num_inference_steps": number, "num_latents": model.config.num_latents,
                     "nats": nats, "error": error, "saved": saved, "saved_error": saved_error,
-                    "seconds": seconds, "mflops": inference / 1e6,
+                    "seconds": seconds, "mflops": _inference_flops(model, on, number) / 1e6,
                 }
             )  # fmt: skip
     return rows
+
+
+def _inference_flops(model, blocks, steps: int) -> float:
+    """FLOPs a token of so many steps, of the longest block."""
+    ids = torch.tensor([max((block["input_ids"] for block in blocks), key=len)], device=model.device)
+    return count_flops(lambda: infer_posterior(model, ids, num_inference_steps=steps)) / ids.numel()
 
 
 def thinking_table(curves: dict[str, list[dict]]) -> str:
@@ -138,9 +151,9 @@ def plot_thinking(curves: dict[str, list[dict]], path: str | Path) -> None:
         for kind in LABELS:
             ends = sorted((points[-1]["num_latents"], points[-1]["nats"], points[-1]["error"])
                           for _, line, points in lines if line == kind)  # fmt: skip
-            axes.errorbar(
-                *zip(*ends, strict=True), fmt="o-" if kind == "bound" else "s--", capsize=3, label=LABELS[kind]
-            )
+            if ends:
+                style = dict(fmt="o-" if kind == "bound" else "s--", capsize=3, label=LABELS[kind])
+                axes.errorbar(*zip(*ends, strict=True), **style)
         axes.set(xlabel="latents", ylabel="nats a token, ± standard error", title=f"After {steps[-1]} steps")
     level.margins(y=0.3)  # room for the legend
     for axes, place in ((level, "upper center"), (saved, "best"), *((axes, "best") for axes in rest)):

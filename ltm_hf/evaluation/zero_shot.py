@@ -214,7 +214,9 @@ PUBLISHED = {
 _SHOWN = {
     "released": "released protocol, not a bound; for comparison with published tables only",
     "bound": "≤, bound with fresh noise",
+    "prediction": "exact, by a memory of what came before",
     "prefix": "after a prefix, latents from the prefix",
+    "prefix_prediction": "after the same prefix, by a memory that goes on learning",
     "no_latents": "exact, no latents",
     "prefix_no_latents": "after the same prefix, no latents",
 }

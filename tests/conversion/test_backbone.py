@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from ltm_hf import LTMForCausalLM
-from ltm_hf.conversion.backbone import convert_config, freeze_all_but_cross_attention, from_pretrained_backbone
-from ltm_hf.flops import count_parameters
+from ltm_hf.conversion.backbone import convert_config, freeze_all_but_new, from_pretrained_backbone
+from ltm_hf.costs.flops import count_parameters
+from ltm_hf.memory_ltm import prior_state
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments
 
 LAYERS, NUM_LATENTS = 2, 6
-LATENTS = (LAYERS, NUM_LATENTS // LAYERS, 32)
-NEW = ("cross_attn", "cross_attention_layernorm", "cross_attention_gate")
+NEW = ("model.reader", "cross_attn", "cross_attention_layernorm", "cross_attention_gate")
 
 # Weights are larger than a real model starts with, so that distant tokens and rotary positions matter.
 SHAPE = dict(
@@ -106,11 +106,16 @@ BACKBONES = {
 
 
 def assert_same_logits(model, backbone, ids, make_noise, scale=1.0):
-    """With any latents, and with none."""
+    """Without latents; by the paper's reader with any, by a memory with latents of zero and while it holds nothing."""
+    latents = scale * make_noise(len(ids), *model.config.latent_shape)
     with torch.no_grad():
         expected = backbone(ids).logits
-        for latents in (None, scale * make_noise(len(ids), *LATENTS)):
-            torch.testing.assert_close(model(ids, latents=latents).logits, expected, rtol=0, atol=1e-5)
+        for given in (None, latents * (not model.config.has_memory)):
+            torch.testing.assert_close(model(ids, latents=given).logits, expected, rtol=0, atol=1e-5)
+        if model.config.has_memory:
+            logits = model(ids, latent_state=prior_state(model.config, len(ids))).logits
+            first, rest = (difference.abs().max() for difference in (logits - expected).split([8, ids.shape[1] - 8], 1))
+            assert first < 1e-5 < 1e-4 < rest  # a chunk of tokens; what it has taught changes the next
 
 
 def is_new(name):
@@ -120,10 +125,12 @@ def is_new(name):
 # ------------------------------------------------------------------ what it computes
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_logits_are_the_backbones_with_any_latents(name, make_ids, make_noise):
+@pytest.mark.parametrize(
+    ("name", "reader"), [*((name, "paper") for name in BACKBONES), *((name, "memory") for name in ("llama", "qwen3"))]
+)
+def test_logits_are_the_backbones(name, reader, make_ids, make_noise):
     backbone = BACKBONES[name]()
-    model = from_pretrained_backbone(backbone, NUM_LATENTS)
+    model = from_pretrained_backbone(backbone, NUM_LATENTS, latent_reader=reader)
     assert type(model) is LTMForCausalLM and not model.training
     assert model.config.tie_word_embeddings == backbone.config.tie_word_embeddings
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
@@ -134,18 +141,18 @@ def test_logits_are_the_backbones_with_any_latents(name, make_ids, make_noise):
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("gate", [None, 0.1, 1])
-def test_gates(gate, ids, make_noise):
+@pytest.mark.parametrize(("reader", "gate"), [("paper", None), ("paper", 0.1), ("memory", 1)])
+def test_gates(reader, gate, ids, make_noise):
     backbone = llama()
-    model = from_pretrained_backbone(backbone, NUM_LATENTS, cross_attention_gate_init=gate)
-    assert model.config.cross_attention_gate_init == gate
+    model = from_pretrained_backbone(backbone, NUM_LATENTS, latent_reader=reader, latent_gate_init=gate)
+    assert model.config.latent_gate_init == gate
     assert_same_logits(model, backbone, ids, make_noise)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama, llama3 rope", "mistral, window", "qwen2, window", "qwen3"])
 def test_greedy_text_is_the_backbones(name, make_ids, pad_rows):
     backbone = BACKBONES[name]()
-    model = from_pretrained_backbone(backbone, NUM_LATENTS, pad_token_id=0)
+    model = from_pretrained_backbone(backbone, NUM_LATENTS, latent_reader="paper", pad_token_id=0)
     prompts, mask = pad_rows([make_ids(1, length, seed=length)[0] for length in (5, 9)], "left")
     settings = dict(attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(model.generate(prompts, **settings), backbone.generate(prompts, **settings))
@@ -154,7 +161,7 @@ def test_greedy_text_is_the_backbones(name, make_ids, pad_rows):
 @pytest.mark.parametrize("make", [llama, lambda: mistral(sliding_window=10), qwen2, qwen3])
 def test_a_narrower_window(make, make_ids, make_noise):
     backbone = make()
-    model = from_pretrained_backbone(backbone, NUM_LATENTS, sliding_window=6)
+    model = from_pretrained_backbone(backbone, NUM_LATENTS, sliding_window=6, latent_reader="paper")
     assert model.config.sliding_window == 6 and set(model.config.layer_types) == {"sliding_attention"}
     assert_same_logits(model, backbone, make_ids(2, 6), make_noise)
     ids = make_ids(2, 20)
@@ -186,8 +193,8 @@ def test_attention_weights_are_the_backbones(name, ids):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3, tied"])
-def test_parameters_are_counted(name):
-    model = from_pretrained_backbone(BACKBONES[name](), NUM_LATENTS)
+def test_parameters_are_counted(name, reader):
+    model = from_pretrained_backbone(BACKBONES[name](), NUM_LATENTS, latent_reader=reader)
     assert count_parameters(model.config) == model.num_parameters()
 
 
@@ -199,13 +206,15 @@ def test_configuration():
         sliding_window=8, bos_token_id=3, eos_token_id=[2, 5], pad_token_id=7, head_dim=16, rms_norm_eps=1e-4,
         attention_dropout=0.1, **rope("yarn", theta=500.0),
     )  # fmt: skip
-    config = from_pretrained_backbone(backbone, NUM_LATENTS, num_inference_steps=5, attention_dropout=0.0).config
+    overrides = dict(latent_reader="paper", num_inference_steps=5, attention_dropout=0.0)
+    config = from_pretrained_backbone(backbone, NUM_LATENTS, **overrides).config
     for name in set(SHAPE) - {"bos_token_id", "eos_token_id"} | {"head_dim", "rms_norm_eps", "rope_parameters"}:
         assert getattr(config, name) == getattr(backbone.config, name), name
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (3, [2, 5], 7)
     assert (config.sliding_window, config.num_latents, config.latent_position_stride) == (8, NUM_LATENTS, 10)
     assert (config.num_inference_steps, config.attention_dropout) == (5, 0.0)
     assert config.rope_parameters is not backbone.config.rope_parameters
+    assert from_pretrained_backbone(backbone, 5).config.has_memory  # unless told otherwise
 
 
 def test_no_token_ids_where_the_backbone_has_none():
@@ -229,7 +238,7 @@ def test_dtype_and_generation_settings(tmp_path):
         assert kept.num_inference_steps == 3
 
 
-def test_the_backbone_is_left_as_it_was(ids, make_noise):
+def test_the_backbone_is_left_as_it_was():
     backbone = BACKBONES["llama, yarn rope"]()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     settings = [config.to_dict() for config in (backbone.config, backbone.generation_config)]
@@ -243,18 +252,18 @@ def test_the_backbone_is_left_as_it_was(ids, make_noise):
     assert [config.to_dict() for config in (backbone.config, backbone.generation_config)] == settings
 
 
-@pytest.mark.parametrize("name", ["llama", "llama, tied", "mistral, window", "qwen2", "qwen2, tied", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "mistral, window", "qwen2, tied", "qwen3"])
 def test_from_a_folder(name, tmp_path, ids, make_noise):
     backbone = BACKBONES[name]()
     backbone.save_pretrained(tmp_path)
-    model = from_pretrained_backbone(tmp_path, NUM_LATENTS)
+    model = from_pretrained_backbone(tmp_path, NUM_LATENTS, latent_reader="paper")
     assert_same_logits(model, backbone, ids, make_noise)
 
 
 @pytest.mark.parametrize("name", ["llama, llama3 rope", "qwen2", "qwen3"])
-def test_save_and_reload(name, tmp_path, ids, make_noise):
+def test_save_and_reload(name, reader, tmp_path, ids, make_noise):
     backbone = BACKBONES[name]()
-    from_pretrained_backbone(backbone, NUM_LATENTS, sliding_window=16).save_pretrained(tmp_path)
+    from_pretrained_backbone(backbone, NUM_LATENTS, sliding_window=16, latent_reader=reader).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(model) is LTMForCausalLM and model.config.sliding_window == 16
     assert (tmp_path / "modeling_ltm.py").exists()
@@ -285,27 +294,27 @@ def train(tmp_path):
         blocks = Dataset.from_dict({"input_ids": half.repeat(1, 2).tolist()})
         trainer = LTMTrainer(model, arguments, train_dataset=blocks)
         trainer.train()
-        return [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+        return trainer.state.log_history[:steps]
 
     return train
 
 
-@pytest.mark.parametrize("freeze_backbone", [False, True])
-@pytest.mark.parametrize("gate", [None, 0.1])
-def test_the_latents_come_alive(train, freeze_backbone, gate):
+@pytest.mark.parametrize(
+    ("gate", "freeze_backbone"), [(None, False), (0.1, False), (0.1, True)], ids=["bare", "gated", "frozen"]
+)
+def test_the_papers_latents_come_alive(train, freeze_backbone, gate):
     torch.manual_seed(0)
     model = from_pretrained_backbone(
         llama(initializer_range=0.1), NUM_LATENTS, sliding_window=4, freeze_backbone=freeze_backbone,
-        cross_attention_gate_init=gate,
+        latent_reader="paper", latent_gate_init=gate, num_inference_steps=8,
     )  # fmt: skip
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    kl = train(model, 6)
+    kl = [entry["kl"] for entry in train(model, 6)]
     # Behind the zero projection there is nothing to infer; the first step opens it.
     assert kl[0] == 0 and min(kl[1:]) > 1e-5  # nats a token
     for layer in model.model.layers:
         assert (layer.cross_attn.o_proj.weight != 0).all()
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) == (freeze_backbone and not is_new(name)), name
+    assert_trained(model, before, freeze_backbone)
     ids = torch.arange(3, 27).view(2, 12)
     posterior = model.eval().infer_posterior(ids)
     assert (posterior.kl_divergence() > 0).all()
@@ -313,14 +322,31 @@ def test_the_latents_come_alive(train, freeze_backbone, gate):
         assert not torch.equal(model(ids, latents=posterior.mean).logits, model(ids).logits)
 
 
-def test_freezing(tmp_path):
-    model = from_pretrained_backbone(llama(), NUM_LATENTS, freeze_backbone=True)
+@pytest.mark.parametrize("freeze_backbone", [False, True])
+def test_a_memory_learns(train, freeze_backbone):
+    torch.manual_seed(0)
+    model = from_pretrained_backbone(
+        llama(initializer_range=0.1), NUM_LATENTS, sliding_window=4, freeze_backbone=freeze_backbone, latent_chunk=4
+    )
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    gains = [entry["gain"] for entry in train(model, 6)]
+    assert all(gain != 0 for gain in gains)
+    assert_trained(model, before, freeze_backbone)
+
+
+def assert_trained(model, before, freeze_backbone):
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (freeze_backbone and not is_new(name)), name
+
+
+def test_freezing(tmp_path, reader):
+    model = from_pretrained_backbone(llama(), NUM_LATENTS, freeze_backbone=True, latent_reader=reader)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == is_new(name), name
-    assert all(p.requires_grad for p in from_pretrained_backbone(llama(), NUM_LATENTS).parameters())
     model.save_pretrained(tmp_path)
     reloaded = LTMForCausalLM.from_pretrained(tmp_path)
-    freeze_all_but_cross_attention(reloaded)
+    assert all(parameter.requires_grad for parameter in reloaded.parameters())
+    freeze_all_but_new(reloaded)
     trainable = {name for name, parameter in reloaded.named_parameters() if parameter.requires_grad}
     assert trainable == {name for name in reloaded.state_dict() if is_new(name)}
 
@@ -368,11 +394,13 @@ def test_mixed_layers_are_refused_by_name():
 
 def test_arguments_are_refused_by_name():
     backbone = llama()
-    refuse("num_latents .5.* multiple of num_hidden_layers", backbone, num_latents=5)
+    refuse("num_latents .5.* multiple of num_hidden_layers", backbone, num_latents=5, latent_reader="paper")
     refuse("sliding_window", backbone, sliding_window=1)
     refuse("sliding_window .9. .*the backbone's .8.", mistral(sliding_window=8), sliding_window=9)
-    refuse("cross_attention_gate_init", backbone, cross_attention_gate_init=0)
-    refuse("cross_attention_value_projection", backbone, cross_attention_value_projection=False)
+    refuse("latent_gate_init must not be 0", backbone, latent_gate_init=0)
+    refuse("latent_gate_init must be a number", backbone, latent_gate_init=None)
+    refuse("latent_chunk must be", backbone, sliding_window=4, latent_chunk=5)
+    refuse("latent_reader must be one of", backbone, latent_reader="none")
     refuse("hidden_size", backbone, hidden_size=64)
     refuse("self_attention", backbone, self_attention="qwen2")
     refuse("num_inference_step:", backbone, num_inference_step=3)

@@ -133,8 +133,9 @@ def test_configuration(write):
     assert (config.num_latents, config.latent_position_stride) == (6, 10)
     assert (config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (1e-4, 500.0)
     assert (config.bos_token_id, config.eos_token_id) == (39, 38)
-    assert config.cross_attention_gate_init is None
-    assert (config.inference_learning_rate, config.num_inference_steps) == (0.25, 5)
+    assert config.latent_reader == "paper" and config.latent_gate_init is None and config.inference_kl_weight == 1
+    assert (config.inference_method, config.inference_lr_schedule) == ("adamw", "cosine")
+    assert (config.inference_learning_rate, config.num_inference_steps, config.inference_noise) == (0.25, 5, "fixed")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

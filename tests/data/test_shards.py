@@ -84,7 +84,7 @@ import random, sys
 sys.path.insert(0, sys.argv[1])
 from test_shards import corpus_of
 from ltm_hf.data import load_tokenizer, prepare
-prepare(corpus_of(1005), load_tokenizer(sys.argv[2]), 16, sys.argv[3], documents_per_shard=2)
+prepare(corpus_of(205), load_tokenizer(sys.argv[2]), 16, sys.argv[3], documents_per_shard=2)
 """
 
 
@@ -101,16 +101,16 @@ def test_goes_on_after_a_kill(tmp_path, tokenizer, monkeypatch):
     kept = index["shards"]
     kept.popitem()  # as if killed between the renaming and the entry
     (data / "index.json").write_text(json.dumps(index))
-    assert 3 <= len(kept) < 500 and all((data / name).is_file() for name in kept)
-    with pytest.raises(ValueError, match=r"is not finished: \d+ of 503 shards are missing"):
+    assert 3 <= len(kept) < 100 and all((data / name).is_file() for name in kept)
+    with pytest.raises(ValueError, match=r"is not finished: \d+ of 103 shards are missing"):
         load_prepared(data)
 
     times, made = {name: (data / name).stat().st_mtime_ns for name in kept}, []
     make = shards._make
     monkeypatch.setattr(shards, "_make", lambda path, *others: made.append(path.name) or make(path, *others))
-    whole = [corpus_of(1005), load_tokenizer(tmp_path / "tokenizer"), 16]
+    whole = [corpus_of(205), load_tokenizer(tmp_path / "tokenizer"), 16]
     prepare(*whole, data, documents_per_shard=2)
-    assert not set(made) & set(kept) and len(made) + len(kept) == 503
+    assert not set(made) & set(kept) and len(made) + len(kept) == 103
     assert {name: (data / name).stat().st_mtime_ns for name in kept} == times
     prepare(*whole, tmp_path / "at once", documents_per_shard=2)
     assert bytes_of(data) == bytes_of(tmp_path / "at once")  # and no .part is left

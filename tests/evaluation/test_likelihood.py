@@ -10,6 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ltm_hf import LTMConfig, LTMForCausalLM, elbo, infer_posterior
 from ltm_hf.data import document_blocks, pack, prefix_blocks, train_tokenizer
 from ltm_hf.evaluation import Likelihood, evaluate_documents, evaluate_likelihood, markdown_table, score_blocks
+from ltm_hf.evaluation.likelihood import DEFAULT, EXACT, MEMORY, default_figures
+from ltm_hf.likelihood_ltm import Text
+from ltm_hf.memory_ltm import prior_state, token_noise
 from ltm_hf.posterior_ltm import LatentPosterior, keyed_normal, sequence_keys
 
 LENGTH = 12
@@ -21,11 +24,16 @@ def model():
     model = LTMForCausalLM(
         LTMConfig(
             vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=LENGTH, sliding_window=4, num_latents=4, bos_token_id=1, eos_token_id=0,
-            initializer_range=0.3, num_inference_steps=4,
+            max_position_embeddings=LENGTH, sliding_window=4, num_latents=4, latent_reader="paper", bos_token_id=1,
+            eos_token_id=0, initializer_range=0.3, num_inference_steps=4,
         )
     )  # fmt: skip
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def memory(make_model):
+    return make_model(max_position_embeddings=LENGTH)
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +42,10 @@ def blocks():
     return [{"input_ids": row} for row in ids.tolist()]
 
 
-def token_losses(model, ids, latents=None):
+def token_losses(model, ids, latents=None, **memory):
     """Nats of the tokens of one block after the first, with log-softmax written out."""
     with torch.no_grad():
-        logits = model(ids[None], latents=latents).logits[0, :-1]
+        logits = model(ids[None], latents=latents, **memory).logits[0, :-1]
     return -torch.log_softmax(logits, dim=-1)[torch.arange(len(ids) - 1), ids[1:]]
 
 
@@ -65,6 +73,58 @@ def test_figures_against_their_definitions(model, blocks):
     for name, values in expected.items():
         assert likelihood[name] == pytest.approx(sum(values) / len(values), abs=1e-4), name
     assert likelihood.num_tokens == 5 * (LENGTH - 1) and likelihood.num_blocks == 5
+
+
+def test_figures_of_a_memory_against_their_definitions(memory, blocks):
+    """Each token by a forward pass of its own over what comes before it; noise as training's, by the seed."""
+    likelihood = evaluate_likelihood(memory, blocks, batch_size=2, seed=3, progress=False)
+    assert tuple(likelihood.figures) == MEMORY and "NOT a bound" not in markdown_table({"m": likelihood})
+    expected = {name: [] for name in MEMORY}
+    for block in blocks:
+        ids = torch.tensor(block["input_ids"])
+        start = dict(latent_state=prior_state(memory.config, 1))
+        exact = torch.stack([token_losses(memory, ids[: end + 1], **start)[-1] for end in range(1, LENGTH)])
+        noise = token_noise(Text.of(memory, ids[None]).keys, LENGTH, None, 32, 3)
+        plain, thought = token_losses(memory, ids), infer_posterior(memory, ids[None, : LENGTH // 2]).mean
+        after = slice(LENGTH // 2 - 1, None)
+        expected["prediction"].append(exact.mean())
+        expected["prediction_sampled"].append(token_losses(memory, ids, **start, latent_noise=noise).mean())
+        expected["no_latents"].append(plain.mean())
+        expected["prefix"].append(token_losses(memory, ids, thought)[after].mean())
+        expected["prefix_prediction"].append(exact[after].mean())
+        expected["prefix_no_latents"].append(plain[after].mean())
+    means = {name: torch.stack(values).mean().item() for name, values in expected.items()}
+    assert {name: likelihood[name] for name in MEMORY} == pytest.approx(means, abs=1e-4)
+    assert len({round(mean, 2) for mean in means.values()}) == 6  # and no two of them are the same
+
+
+def test_a_longer_look_at_the_prefix_changes_its_figure_alone(memory, blocks):
+    few, many = (evaluate_likelihood(memory, blocks, num_inference_steps=n, progress=False) for n in (1, 3))
+    assert [name for name in MEMORY if few[name] != many[name]] == ["prefix"]
+    none = evaluate_likelihood(memory, blocks, num_inference_steps=0, progress=False)
+    assert none["prefix"] == pytest.approx(none["prefix_no_latents"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "figures"),
+    [
+        ({}, MEMORY),
+        ({"latent_reader": "paper"}, DEFAULT),
+        (
+            {"latent_reader": "paper", "inference_method": "langevin"},
+            ("nll", "no_latents", "prefix", "prefix_no_latents"),
+        ),
+        ({"num_latents": 0}, EXACT),
+    ],
+)
+def test_what_is_measured_of_a_model(make_model, overrides, figures):
+    assert default_figures(make_model(**overrides)) == figures
+
+
+def test_a_figure_of_the_other_reader_is_refused(model, memory, blocks):
+    for one, name in ((model, "prediction"), (model, "prefix_prediction"), (memory, "released")):
+        with pytest.raises(ValueError, match=f"'{name}' is no figure of a model with latent_reader="):
+            score_blocks(one, blocks, figures=[name])
 
 
 def test_prefix_does_not_see_what_it_predicts(model, blocks):
@@ -144,8 +204,10 @@ def test_restores_training_mode_and_refuses_an_empty_set(model, blocks):
         evaluate_likelihood(model, [], progress=False)
 
 
-def test_a_block_gets_the_same_figures_in_any_batch_and_padded(model):
+@pytest.mark.parametrize("kind", ["model", "memory"])
+def test_a_block_gets_the_same_figures_in_any_batch_and_padded(kind, request):
     """Of blocks of different lengths, each with a prefix of its own."""
+    model = request.getfixturevalue(kind)
     generator = torch.Generator().manual_seed(1)
     rows = [
         {
@@ -156,7 +218,7 @@ def test_a_block_gets_the_same_figures_in_any_batch_and_padded(model):
         }
         for length, prefix in ((12, 6), (3, 1), (7, 6), (2, 1), (9, 2))
     ]
-    names = ("bound", "nll", "kl", "iw-3", "no_latents", "prior", "prefix", "prefix_no_latents", "released")
+    names = ("bound", "nll", "kl", "iw-3", "prior", *set(default_figures(model)) - {"bound", "nll", "kl"})
     together = score_blocks(model, rows, batch_size=4, progress=False, figures=names)
     for index, row in enumerate(rows):
         alone = score_blocks(model, [row], progress=False, figures=names)
@@ -238,7 +300,8 @@ def reader(tokenizer):
     torch.manual_seed(0)
     config = LTMConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, sliding_window=4, num_latents=4, initializer_range=0.3, num_inference_steps=2,
+        max_position_embeddings=16, sliding_window=4, num_latents=4, latent_reader="paper", initializer_range=0.3,
+        num_inference_steps=2,
     )  # fmt: skip
     return LTMForCausalLM(config).eval()
 
@@ -261,6 +324,18 @@ def test_documents(reader, tokenizer, texts):
     released = evaluate_likelihood(reader, joined, progress=False, figures=["released"])
     assert likelihood["released"] == pytest.approx(released["released"], rel=1e-5)
     assert "released" not in likelihood.bits_per_byte and "kl" not in likelihood.bits_per_byte
+
+
+def test_documents_by_a_memory(make_model, tokenizer, texts):
+    memory = make_model(vocab_size=len(tokenizer), max_position_embeddings=16)
+    likelihood, notes = evaluate_documents(memory, tokenizer, texts, progress=False)
+    assert tuple(likelihood.figures) == MEMORY and notes == []
+    for name, rows in (("prediction", document_blocks), ("prefix_prediction", prefix_blocks)):
+        scores = score_blocks(memory, rows(texts, tokenizer, 16), progress=False, figures=[name])
+        assert likelihood.figures[name] == pytest.approx(scores.mean(name), rel=1e-5)
+    assert likelihood.bits_per_byte.keys() == set(MEMORY)
+    with pytest.raises(ValueError, match="num_samples is of an importance-weighted bound, and this model has no bound"):
+        evaluate_documents(memory, tokenizer, texts, num_samples=2)
 
 
 def test_documents_without_what_a_figure_needs(reader, tokenizer, texts):

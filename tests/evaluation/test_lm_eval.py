@@ -24,7 +24,8 @@ from ltm_hf import elbo, infer_posterior
 from ltm_hf.data import set_chat_template, train_tokenizer
 from ltm_hf.evaluation import lm_eval as module
 from ltm_hf.evaluation.lm_eval import HFLTM
-from ltm_hf.posterior_ltm import negative_log_likelihood
+from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
+from ltm_hf.memory_ltm import prior_state, state_of
 
 LENGTH = 16  # of the model's sequences, in tokens
 STEPS, SEED = 4, 3
@@ -63,6 +64,11 @@ def make(make_model, tokenizer):
 
 @pytest.fixture(scope="module")
 def model(make):
+    return make(latent_reader="paper")
+
+
+@pytest.fixture(scope="module")
+def memory(make):
     return make()
 
 
@@ -110,13 +116,29 @@ def latents_of(model, context, how="mean"):
 def score(model, context, continuation, latents):
     """log p(continuation | context, latents), and whether greedy decoding writes it, by definition."""
     ids = torch.tensor([[*context, *continuation]])
-    labels = ids.clone()
-    labels[:, : len(context)] = -100
-    likelihood = -negative_log_likelihood(model, ids, latents, labels=labels).item()
+    labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(context), -100)
+    likelihood = -negative_log_likelihood(model, Text.of(model, ids, labels=labels), latents).item()
     likeliest = [
         model(ids[:, :end], latents=latents).logits[0, -1].argmax().item() for end in range(len(context), ids.shape[1])
     ]
     return likelihood, likeliest == list(continuation)
+
+
+@torch.no_grad()
+def score_by_memory(model, context, continuation, steps=1):
+    """The same by a memory: each token by a forward pass of its own over all before it."""
+    ids, given = torch.tensor([[*context, *continuation]]), {"latent_state": prior_state(model.config, 1)}
+    if steps > 1:  # it holds the context already, and learns from the rest
+        posterior = infer_posterior(model, torch.tensor([context]), num_inference_steps=steps)
+        given["latent_state"] = state_of(posterior, model.config.num_attention_heads)
+        given["latent_writes"] = torch.arange(ids.shape[1])[None] >= len(context)
+    likelihood, is_greedy = 0.0, True
+    for end in range(len(context), ids.shape[1]):
+        so_far = {name: x[:, :end] if name == "latent_writes" else x for name, x in given.items()}
+        log_probs = model(ids[:, :end], **so_far).logits[0, -1].log_softmax(dim=-1)
+        likelihood += log_probs[ids[0, end]].item()
+        is_greedy &= log_probs.argmax().item() == ids[0, end].item()
+    return likelihood, is_greedy
 
 
 def encode(tokenizer, context, continuation):
@@ -140,7 +162,7 @@ def windows(tokenizer, text):
 
 
 @pytest.mark.parametrize("latents", ["mean", "sample", "none"])
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_loglikelihood_is_its_definition(model, evaluator, tokenizer, latents, batch_size):
     """In any batch: the continuation given latents of the context alone."""
     # HFLM's cache, on which "none" would rely, takes the wrong positions of a text that is cut in two ways.
@@ -153,12 +175,36 @@ def test_loglikelihood_is_its_definition(model, evaluator, tokenizer, latents, b
         assert is_greedy is greedy
 
 
+@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_loglikelihood_of_a_memory_is_its_definition(memory, evaluator, tokenizer, steps, batch_size):
+    """In any batch: each token of the continuation by what the context and those before it have left."""
+    lm = evaluator(memory, num_inference_steps=steps, batch_size=batch_size, logits_cache=False)
+    answers = lm.loglikelihood(ask(*PAIRS), disable_tqdm=True)
+    for pair, (likelihood, is_greedy) in zip(PAIRS, answers, strict=True):
+        requested = encode(tokenizer, *pair)
+        expected, greedy = score_by_memory(memory, *requested, steps) if steps else score(memory, *requested, None)
+        assert likelihood == pytest.approx(expected, abs=2e-4)
+        assert is_greedy is greedy
+    assert not steps or abs(answers[0][0] - score(memory, *encode(tokenizer, *PAIRS[0]), None)[0]) > 0.1
+
+
 def test_latents_matter_here(evaluator):
     """Else the tests above would show nothing."""
     answers = {how: evaluator(latents=how).loglikelihood(ask(*PAIRS), disable_tqdm=True) for how in module.LATENTS}
     for one, other in (("mean", "none"), ("mean", "sample")):
         differences = [abs(a[0] - b[0]) for a, b in zip(answers[one], answers[other], strict=True)]
         assert sum(difference > 0.1 for difference in differences) >= 7
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_generate_writes_with_a_memory_is_greedy(memory, evaluator, tokenizer, steps):
+    context = tokenizer("the cat", return_tensors="pt").input_ids
+    output = memory.generate(context, num_inference_steps=steps, do_sample=False, max_new_tokens=6)
+    written = output[0, context.shape[1] :].tolist()
+    requests = [(("the cat", "?"), context[0].tolist(), written[:end]) for end in (1, 4, 6)]
+    answers = evaluator(memory, num_inference_steps=steps)._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [greedy for _, greedy in answers] == [True] * 3
 
 
 def test_what_generate_writes_is_greedy(model, evaluator, tokenizer):
@@ -187,7 +233,7 @@ def test_inference_sees_each_context_once_and_no_continuation(evaluator, tokeniz
 def test_choices_of_one_token_share_a_row(model, evaluator, monkeypatch):
     rows = []
     forward = HFLTM._logits
-    monkeypatch.setattr(HFLTM, "_logits", lambda self, texts, z: rows.extend(texts) or forward(self, texts, z))
+    monkeypatch.setattr(HFLTM, "_logits", lambda self, texts, *z: rows.extend(texts) or forward(self, texts, *z))
     pairs = [(FOX, letter) for letter in "abcd"]
     answers = evaluator().loglikelihood(ask(*pairs), disable_tqdm=True)
     assert len(rows) == 1 and len({likelihood for likelihood, _ in answers}) == 4
@@ -276,6 +322,15 @@ def test_rolling_latents_come_from_before(model, evaluator, tokenizer, fits, str
     assert max(len(list(windows(tokenizer, text))) for text in ROLLED) > 1  # or truncation was never at stake
 
 
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_rolling_of_a_memory_needs_no_stride(memory, evaluator, tokenizer, batch_size):
+    lm = evaluator(memory, num_inference_steps=1, batch_size=batch_size, add_bos_token=False)
+    answers = lm.loglikelihood_rolling(ask(*[(text,) for text in ROLLED]), disable_tqdm=True)
+    for text, likelihood in zip(ROLLED, answers, strict=True):
+        expected = sum(score_by_memory(memory, *window)[0] for window in windows(tokenizer, text))
+        assert likelihood == pytest.approx(expected, abs=1e-3)
+
+
 def test_without_latents_the_stride_changes_nothing(evaluator):
     """The chain rule: the decoder reads the same tokens, so an autoregressive model's figure is comparable."""
     requests = ask(*[(text,) for text in ROLLED])
@@ -306,7 +361,7 @@ def test_the_bound_is_below_the_likelihood(model, evaluator, tokenizer):
     (bound,) = evaluator(rolling="bound", add_bos_token=False).loglikelihood_rolling(ask(("th",)), disable_tqdm=True)
     ids = torch.tensor([tokenizer("th").input_ids])
     with torch.no_grad():
-        nll = negative_log_likelihood(model, ids.repeat(4096, 1), model.sample_prior(4096, seed=0))
+        nll = negative_log_likelihood(model, Text.of(model, ids.repeat(4096, 1)), model.sample_prior(4096, seed=0))
     exact = (-nll).logsumexp(0).item() - math.log(4096)
     assert bound < exact
 
@@ -339,15 +394,17 @@ def generated(lm, **settings):
     return lm.generate_until(ask(*[(prompt, dict(settings)) for prompt in PROMPTS]), disable_tqdm=True)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_generate_until_is_generate(model, evaluator, tokenizer, batch_size):
-    texts = generated(evaluator(batch_size=batch_size))
+@pytest.mark.parametrize("kind", ["memory", "model"])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_generate_until_is_generate(kind, evaluator, tokenizer, batch_size, request):
+    model = request.getfixturevalue(kind)
+    texts = generated(evaluator(model, batch_size=batch_size))
     for prompt, text in zip(PROMPTS, texts, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids[:, -(LENGTH - 6) :]
         output = model.generate(ids, num_inference_steps=STEPS, inference_seed=SEED, do_sample=False, max_new_tokens=6)
         written = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         assert text == written
-    assert generated(evaluator(latents="none")) != texts  # latents matter here
+    assert generated(evaluator(model, latents="none")) != texts  # latents matter here
 
 
 def test_stop_strings(evaluator):
@@ -380,8 +437,10 @@ def test_sampled_texts_follow_torchs_generator(evaluator):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_no_latents_are_the_decoder_alone(model, evaluator, plain, tokenizer):
-    texts = generated(evaluator(latents="none", batch_size=4))
+@pytest.mark.parametrize("kind", ["memory", "model"])
+def test_no_latents_are_the_decoder_alone(kind, evaluator, tokenizer, request):
+    model = request.getfixturevalue(kind)
+    texts = generated(evaluator(model, latents="none", batch_size=4))
     for prompt, text in zip(PROMPTS, texts, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids[:, -(LENGTH - 6) :]
         written = []
@@ -416,9 +475,11 @@ def test_a_model_without_latents_is_hflm(evaluator, plain):
 
 
 def test_what_was_measured_is_in_the_results(evaluator, make):
-    lm = evaluator(num_inference_steps=None, model=make(num_inference_steps=7))
+    lm = evaluator(num_inference_steps=None, model=make(latent_reader="paper", num_inference_steps=7))
     expected = dict(latents="mean", num_inference_steps=7, inference_seed=SEED, rolling="prefix", rolling_stride=8)
     assert expected.items() <= lm.get_model_info().items()
+    info = evaluator(num_inference_steps=None, model=make(num_inference_steps=7)).get_model_info()
+    assert dict(latents="mean", num_inference_steps=7).items() <= info.items() and "rolling_stride" not in info
 
 
 # ------------------------------------------------------------------ errors
@@ -438,6 +499,20 @@ def test_what_was_measured_is_in_the_results(evaluator, make):
 def test_settings_that_cannot_work(evaluator, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         evaluator(**settings)
+
+
+@pytest.mark.parametrize(
+    "overrides, settings, sentence",
+    [
+        ({}, {"latents": "sample"}, "^latents must be mean or none for a memory"),
+        ({}, {"rolling_stride": 4}, "^rolling_stride is of latents that are inferred anew: a memory infers at each"),
+        ({}, {"rolling": "bound"}, "^rolling='bound' is of latents fitted with a variance to the whole text"),
+        ({"latent_reader": "paper", "inference_method": "langevin"}, {"rolling": "bound"}, "^rolling='bound' is of"),
+    ],
+)
+def test_settings_that_a_model_cannot_have(evaluator, make, overrides, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        evaluator(make(**overrides), **settings)
 
 
 def test_another_model_is_refused_before_it_is_loaded(tmp_path):

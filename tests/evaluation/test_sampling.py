@@ -18,9 +18,24 @@ def tokenizer():
 
 
 @pytest.fixture
-def model(make_model, tokenizer):
+def make(make_model, tokenizer):
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return make_model(vocab_size=len(tokenizer), **ids)
+    return lambda reader: make_model(latent_reader=reader, vocab_size=len(tokenizer), **ids)
+
+
+@pytest.fixture
+def model(make, reader):
+    return make(reader)
+
+
+@pytest.fixture
+def paper(make):
+    return make("paper")
+
+
+@pytest.fixture
+def memory(make):
+    return make("memory")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +58,7 @@ def flat(gpt2):
 
 
 @pytest.mark.parametrize("decoding", [MULTINOMIAL, GREEDY], ids=["multinomial", "greedy"])
-@pytest.mark.parametrize("name", ["model", "gpt2"])
+@pytest.mark.parametrize("name", ["memory", "paper", "gpt2"])
 def test_texts_are_the_same_in_any_batch(name, decoding, tokenizer, request):
     model = request.getfixturevalue(name)
     samples = 2 if decoding.do_sample else 1
@@ -109,19 +124,27 @@ def test_draws_of_successive_tokens_and_of_several_texts_are_independent(flat, t
         assert (joint - 1 / 9).abs().max() < 4 * (8 / 81 / 900) ** 0.5  # four standard deviations
 
 
-def test_latents_of_texts_without_a_prompt_are_the_priors(model, tokenizer):
-    texts = sample_texts(model, tokenizer, 4, 10, GREEDY, batch_size=3, seed=7, **QUIET)
+def test_latents_of_texts_without_a_prompt_are_the_priors(paper, tokenizer):
+    texts = sample_texts(paper, tokenizer, 4, 10, GREEDY, batch_size=3, seed=7, **QUIET)
     assert len({text.text for text in texts}) > 1  # one token to start from: the latents make the difference
-    for latents, text in zip(model.sample_prior(4, seed=7), texts, strict=True):
-        output = model.generate(latents=latents[None], do_sample=False, max_new_tokens=10)[0, 1:].tolist()
+    for latents, text in zip(paper.sample_prior(4, seed=7), texts, strict=True):
+        output = paper.generate(latents=latents[None], do_sample=False, max_new_tokens=10)[0, 1:].tolist()
         assert output[: len(text.tokens)] == text.tokens
 
 
-def test_texts_without_a_prompt_read_nothing_by_map(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(model.config, "inference_optimizer", "map")
-    first, *others = sample_texts(model, tokenizer, 3, 10, GREEDY, **QUIET)
-    output = model.generate(do_sample=False, max_new_tokens=10, inference_optimizer="map")[0, 1:].tolist()
+def test_a_memory_begins_a_text_without_a_prompt_with_nothing(memory, tokenizer):
+    first, *others = sample_texts(memory, tokenizer, 3, 10, GREEDY, **QUIET)
+    output = memory.generate(do_sample=False, max_new_tokens=10)[0, 1:].tolist()
     assert output[: len(first.tokens)] == first.tokens and others == [first] * 2
+    forgetful = memory.generate(do_sample=False, max_new_tokens=10, num_inference_steps=0)[0, 1:].tolist()
+    assert forgetful != output  # and goes on from there
+
+
+def test_a_memory_that_draws_its_thoughts_is_refused(memory, tokenizer):
+    memory.generation_config.sample_latents = True
+    for write in (lambda: sample_texts(memory, tokenizer, 1, 4), lambda: complete_texts(memory, tokenizer, ["a"], 4)):
+        with pytest.raises(ValueError, match="^The generation config says sample_latents=True: a memory draws"):
+            write()
 
 
 def test_greedy_completions_are_generates(model, tokenizer):
@@ -136,21 +159,21 @@ def test_greedy_completions_are_generates(model, tokenizer):
     assert complete_texts(model, tokenizer, ids, 10, GREEDY, num_inference_steps=3, **QUIET) == texts
 
 
-def test_each_continuation_reads_its_own_sample_of_the_prompts_posterior(model, tokenizer, monkeypatch):
-    seen, generate = [], type(model).generate
+def test_each_continuation_reads_its_own_sample_of_the_prompts_posterior(paper, tokenizer, monkeypatch):
+    seen, generate = [], type(paper).generate
     monkeypatch.setattr(
-        type(model), "generate", lambda self, **given: (seen.append(given["latents"]), generate(self, **given))[1]
+        type(paper), "generate", lambda self, **given: (seen.append(given["latents"]), generate(self, **given))[1]
     )
-    posterior = model.infer_posterior(**tokenizer(PROMPTS[1], return_tensors="pt"))
-    complete_texts(model, tokenizer, [PROMPTS[1]], 1, GREEDY, **QUIET)
+    posterior = paper.infer_posterior(**tokenizer(PROMPTS[1], return_tensors="pt"))
+    complete_texts(paper, tokenizer, [PROMPTS[1]], 1, GREEDY, **QUIET)
     torch.testing.assert_close(seen[-1], posterior.mean)
-    complete_texts(model, tokenizer, [PROMPTS[1]], 1, num_samples=200, batch_size=200, **QUIET)
+    complete_texts(paper, tokenizer, [PROMPTS[1]], 1, num_samples=200, batch_size=200, **QUIET)
     noise = (seen[-1] - posterior.mean) / (0.5 * posterior.log_variance).exp()
     assert noise.mean().abs() < 0.05 and abs(noise.var() - 1) < 0.05  # of 200 x 128 numbers
     assert noise.mean(dim=0).abs().max() < 5 / 200**0.5
 
 
-def test_a_prompts_latents_are_inferred_once_and_as_long_as_asked(model, tokenizer, monkeypatch):
+def test_a_prompts_latents_are_inferred_once_and_as_long_as_asked(paper, tokenizer, monkeypatch):
     calls, infer = [], sampling.infer_posterior
 
     def counted(model, input_ids, *args, **settings):
@@ -158,36 +181,36 @@ def test_a_prompts_latents_are_inferred_once_and_as_long_as_asked(model, tokeniz
         return infer(model, input_ids, *args, **settings)
 
     monkeypatch.setattr(sampling, "infer_posterior", counted)
-    complete_texts(model, tokenizer, PROMPTS[:2], 2, num_samples=3, num_inference_steps=5, **QUIET)
-    model.generation_config.num_inference_steps = 7
-    complete_texts(model, tokenizer, PROMPTS[:2], 2, num_samples=3, **QUIET)
+    complete_texts(paper, tokenizer, PROMPTS[:2], 2, num_samples=3, num_inference_steps=5, **QUIET)
+    paper.generation_config.num_inference_steps = 7
+    complete_texts(paper, tokenizer, PROMPTS[:2], 2, num_samples=3, **QUIET)
     assert calls == [(2, 5), (2, 7)]
 
 
-def test_texts_end_at_end_of_text(model, gpt2, tokenizer):
-    for one in (model, gpt2):
+def test_texts_end_at_end_of_text(paper, gpt2, tokenizer):
+    for one in (paper, gpt2):
         one.generation_config.suppress_tokens = [tokenizer.eos_token_id]
         assert all(not text.ended and len(text.tokens) == 6 for text in sample_texts(one, tokenizer, 3, 6, **QUIET))
         one.generation_config.suppress_tokens = list(range(1, len(tokenizer)))
         assert sample_texts(one, tokenizer, 3, 6, **QUIET) == [("", [], True)] * 3
         one.generation_config.suppress_tokens = None
     letter = tokenizer.convert_tokens_to_ids("t")  # no special token, that decoding would leave out
-    model.generation_config.eos_token_id = [letter, tokenizer.eos_token_id]
-    model.generation_config.suppress_tokens = [i for i in range(len(tokenizer)) if i not in (letter, letter - 1)]
-    texts = sample_texts(model, tokenizer, 8, 3, **QUIET)
+    paper.generation_config.eos_token_id = [letter, tokenizer.eos_token_id]
+    paper.generation_config.suppress_tokens = [i for i in range(len(tokenizer)) if i not in (letter, letter - 1)]
+    texts = sample_texts(paper, tokenizer, 8, 3, **QUIET)
     assert {len(text.tokens) for text in texts} >= {0, 3} and all("t" not in text.text for text in texts)
     assert all(text.ended == (len(text.tokens) < 3) for text in texts)
 
 
-def test_texts_end_at_a_stop_string(model, tokenizer):
+def test_texts_end_at_a_stop_string(paper, tokenizer):
     others = [index for index in range(len(tokenizer)) if not tokenizer.decode(index).isalpha()]
-    model.generation_config.suppress_tokens = others
-    whole = [text for (text,) in complete_texts(model, tokenizer, PROMPTS, 12, **QUIET)]
+    paper.generation_config.suppress_tokens = others
+    whole = [text for (text,) in complete_texts(paper, tokenizer, PROMPTS, 12, **QUIET)]
     stop = whole[0].text[3:5]
-    stopped = [text for (text,) in complete_texts(model, tokenizer, PROMPTS, 12, stop_strings=[stop], **QUIET)]
-    assert stopped[0].ended and stopped[0].text.endswith(stop) and len(stopped[0].tokens) < 12
+    stopped = [text for (text,) in complete_texts(paper, tokenizer, PROMPTS, 12, stop_strings=[stop], **QUIET)]
+    assert stopped[0].ended and stop in stopped[0].text and len(stopped[0].tokens) < 12
     assert stopped == [  # alone too, where nothing fills a row up after it has stopped
-        text for (text,) in complete_texts(model, tokenizer, PROMPTS, 12, stop_strings=[stop], batch_size=1, **QUIET)
+        text for (text,) in complete_texts(paper, tokenizer, PROMPTS, 12, stop_strings=[stop], batch_size=1, **QUIET)
     ]
     for before, after in zip(whole, stopped, strict=True):
         assert after.ended == (stop in before.text) and before.text.startswith(after.text)
@@ -212,21 +235,21 @@ def test_training_mode_is_restored_and_dropout_is_off(gpt2, tokenizer):
         ({"prompts": ["the"], "max_new_tokens": 4, "keys": [1, 2]}, "1 prompts and 2 keys"),
     ],
 )
-def test_bad_input_is_refused_before_any_computation(options, message, model, tokenizer, monkeypatch):
-    monkeypatch.setattr(type(model), "generate", None)
+def test_bad_input_is_refused_before_any_computation(options, message, paper, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(paper), "generate", None)
     with pytest.raises(ValueError, match=message):
-        complete_texts(model, tokenizer, **options, **QUIET)
+        complete_texts(paper, tokenizer, **options, **QUIET)
 
 
-def test_no_begin_of_text_and_no_room_and_no_prompts(model, tokenizer):
+def test_no_begin_of_text_and_no_room_and_no_prompts(paper, tokenizer):
     with pytest.raises(ValueError, match="more than the 64"):
-        sample_texts(model, tokenizer, 1, 64, **QUIET)
-    assert complete_texts(model, tokenizer, [], 4, **QUIET) == []
-    check_room(model, [4], 60)  # just fits
+        sample_texts(paper, tokenizer, 1, 64, **QUIET)
+    assert complete_texts(paper, tokenizer, [], 4, **QUIET) == []
+    check_room(paper, [4], 60)  # just fits
     tokenizer = train_tokenizer(["the cat"], 260)
     tokenizer.bos_token = None
     with pytest.raises(ValueError, match="begin-of-text"):
-        sample_texts(model, tokenizer, 1, 4, **QUIET)
+        sample_texts(paper, tokenizer, 1, 4, **QUIET)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_k": 0}, {"top_p": 1.5}])

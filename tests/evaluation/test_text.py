@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ltm_hf.data import train_tokenizer
 from ltm_hf.evaluation import text as text_module
-from ltm_hf.evaluation.figures import cell, figure, written
+from ltm_hf.evaluation.figures import figure
 from ltm_hf.evaluation.sampling import GREEDY, complete_texts, sample_texts
 from ltm_hf.evaluation.text import (
     distinct_n,
@@ -24,6 +24,7 @@ from ltm_hf.evaluation.text import (
     text_figures,
     text_table,
 )
+from ltm_hf.memory_ltm import prior_state
 
 TEXTS = ["the cat sat on the mat", "a dog", "the log and the dog sat", "", "mat"]
 
@@ -34,9 +35,19 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def model(make_model, tokenizer):
+def make(make_model, tokenizer):
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return make_model(vocab_size=len(tokenizer), **ids)
+    return lambda reader: make_model(latent_reader=reader, vocab_size=len(tokenizer), **ids)
+
+
+@pytest.fixture(scope="module")
+def model(make):
+    return make("paper")
+
+
+@pytest.fixture(scope="module")
+def memory(make):
+    return make("memory")
 
 
 @pytest.fixture(scope="module")
@@ -105,30 +116,22 @@ def test_error_of_distinct_is_the_spread_over_samples():
     assert np.mean([figure["error"] for figure in figures]) == pytest.approx(spread, rel=0.25)
 
 
-def test_figure():
-    assert figure([1, 2, 3]) == {"value": 2, "error": pytest.approx(1 / math.sqrt(3)), "n": 3}
-    assert figure([4]) == {"value": 4, "error": None, "n": 1}
-    assert figure([]) == {"value": None, "error": None, "n": 0} and cell(figure([])) == written(figure([])) == "–"
-    for broken in (math.nan, math.inf):  # is not left out
-        one = figure([1, broken])
-        assert one == {"value": None, "error": None, "n": 2} and cell(one) == written(one) == "not finite"
-
-
 # ------------------------------------------------------------------ of a judge
 
 
 def naive_losses(judge, tokenizer, text, context=""):
     """Nats of each token of a text after begin-of-text and context, one forward a token."""
     before = [tokenizer.bos_token_id, *tokenizer(context, add_special_tokens=False)["input_ids"]]
-    losses = []
+    has_memory = getattr(judge.config, "has_memory", False)
+    losses, memory = [], {"latent_state": prior_state(judge.config, 1)} if has_memory else {}
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
         with torch.no_grad():
-            losses.append(-judge(torch.tensor([before])).logits[0, -1].log_softmax(-1)[token].item())
+            losses.append(-judge(torch.tensor([before]), **memory).logits[0, -1].log_softmax(-1)[token].item())
         before.append(token)
     return losses
 
 
-@pytest.mark.parametrize("name", ["model", "gpt2"])
+@pytest.mark.parametrize("name", ["memory", "model", "gpt2"])
 def test_judge_against_a_loop_over_tokens(name, tokenizer, request):
     judge = request.getfixturevalue(name)
     for contexts in (None, ["on the log", "", "a", "the", "the cat"]):
@@ -305,9 +308,11 @@ def test_figures_do_not_depend_on_the_batch(model, gpt2, tokenizer):
             ), (way, name)
 
 
-def test_without_latents_no_greedy_texts_without_a_prompt(gpt2, tokenizer):
-    result = text_figures(gpt2, tokenizer, REFERENCES, **SMALL)
-    assert "texts: greedy" not in result["figures"] and "completions: greedy" in result["figures"]
+def test_without_latents_no_greedy_texts_without_a_prompt(gpt2, memory, tokenizer):
+    """Nor of a memory, which begins with nothing."""
+    for model in (memory, gpt2):
+        result = text_figures(model, tokenizer, REFERENCES, **SMALL)
+        assert "texts: greedy" not in result["figures"] and "completions: greedy" in result["figures"]
     result = text_figures(gpt2, tokenizer, REFERENCES, **SMALL | {"prompt_tokens": None})
     assert list(result["figures"]) == ["texts: references", "texts: multinomial"]
     assert "judge_perplexity" not in result["figures"]["texts: references"]

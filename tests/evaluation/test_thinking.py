@@ -6,13 +6,8 @@ import csv
 import pytest
 import torch
 
+from ltm_hf.costs.flops import training_flops
 from ltm_hf.evaluation import plot_thinking, score_blocks, thinking_curve, thinking_table, write_thinking_csv
-from ltm_hf.flops import training_flops
-
-
-@pytest.fixture(scope="module")
-def model(make_model):
-    return make_model()
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +16,10 @@ def blocks(make_ids):
 
 
 def test_curve_against_scores(model, blocks):
+    """Of a memory what follows a prefix alone: it has no bound."""
     rows = thinking_curve(model, blocks, steps=(3, 0), batch_size=2, progress=False)
-    assert [(row["figure"], row["num_inference_steps"]) for row in rows] == [
-        ("bound", 0), ("bound", 3), ("prefix", 0), ("prefix", 3),
-    ]  # fmt: skip
+    figures = ["prefix"] if model.config.has_memory else ["bound", "prefix"]
+    assert [(row["figure"], row["num_inference_steps"]) for row in rows] == [(f, n) for f in figures for n in (0, 3)]
     for row in rows:
         names = ["bound", "no_latents"] if row["figure"] == "bound" else ["prefix", "prefix_no_latents"]
         scores = score_blocks(
@@ -32,26 +27,45 @@ def test_curve_against_scores(model, blocks):
         )
         assert (row["nats"], row["error"]) == pytest.approx(scores.mean(names[0]), abs=1e-5)
         assert (row["saved"], row["saved_error"]) == pytest.approx(scores.mean(names[1], minus=names[0]), abs=1e-5)
-        config = copy.deepcopy(model.config)
+        assert row["seconds"] > 0 and row["num_latents"] == model.config.num_latents
+        assert (row["mflops"] > 0) == (row["num_inference_steps"] > 0)
+
+
+def test_flops_are_those_of_the_closed_form(paper_model, blocks):
+    paper_model.set_attn_implementation("eager")  # the closed form counts all scores
+    for row in thinking_curve(paper_model, blocks, steps=(0, 1, 3), progress=False):
+        config = copy.deepcopy(paper_model.config)
         config.num_inference_steps = row["num_inference_steps"]
         cost = training_flops(config, len(blocks[0]["input_ids"]))  # what is computed once is counted once
-        assert row["mflops"] * 1e6 == pytest.approx(cost.num_inference_steps * cost.fast_step) and row["seconds"] > 0
-        assert row["num_latents"] == model.config.num_latents
+        assert row["mflops"] * 1e6 == pytest.approx(cost.num_inference_steps * cost.fast_step)
 
 
 def test_without_a_step_the_prefix_says_nothing(model, blocks):
-    """The mean of the prior is no thought: the curve begins at exactly nothing saved."""
+    """Neither the mean of the prior nor an unread prefix is a thought: the curve begins at exactly nothing saved."""
     *_, row = thinking_curve(model, blocks, steps=(0,), progress=False)
     assert row["saved"] == pytest.approx(0.0, abs=1e-6) and row["saved_error"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_chain_has_no_bound_and_its_curve_is_drawn(make_model, blocks, tmp_path):
-    chain = make_model(inference_method="langevin")
+    chain = make_model(latent_reader="paper", inference_method="langevin")
     rows = thinking_curve(chain, blocks, steps=(0, 2), progress=False)
     assert [row["figure"] for row in rows] == ["prefix", "prefix"]
     pytest.importorskip("matplotlib")
     plot_thinking({"chain": rows}, tmp_path / "thinking.png")
     assert "bound" not in thinking_table({"chain": rows})
+
+
+def test_no_curve_without_steps(make_model, blocks):
+    for overrides in (dict(num_latents=0), dict(latent_reader="paper", inference_method="amortized")):
+        with pytest.raises(ValueError, match="takes no inference steps"):
+            thinking_curve(make_model(**overrides), blocks, steps=(0,))
+
+
+def test_models_with_a_bound_and_without_in_one_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    without = [row for row in curve(8) if row["figure"] == "prefix"]
+    for curves in ({"memory": without}, {"memory": without, "other": curve()}, {"one": without, "two": without[:2]}):
+        plot_thinking(curves, tmp_path / "thinking.png")
 
 
 def curve(latents=4):

@@ -26,10 +26,10 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError(f'The server needs {error.name}: pip install "transformers[serving]"') from None
 
+from ..cli import DEVICE, Parser, device, port, positive_int
 from ..configuration_ltm import InferenceSettings
 from ..data import prompt_inputs
 from ..loading import load_causal_lm
-from . import DEVICE, Parser, device, port, positive_int
 from .answers import Answer, Words, event
 
 LIMITS = {  # of options --max_…: the default, and what it is of

@@ -1,4 +1,4 @@
-"""Pictures of `probing` and `representations`, as PNGs. They need matplotlib (the extra `examples`)."""
+"""Pictures of `rebuilding`, `usage` and `representations`, as PNGs. They need matplotlib (the extra `examples`)."""
 
 import math
 from pathlib import Path
@@ -69,9 +69,9 @@ def plot_latent_usage(result: dict, path: str | Path) -> None:
     figure = Figure(figsize=(11, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     total, token = result["kl_total"], result["kl_per_token"]
-    _heat_map(left, kl, result["layers"], "{:.2f}", "nats a block")
+    _heat_map(left, kl, result["readers"], "{:.2f}", "nats a block")
     left.set_title(f"KL from the prior: {written(total, 2)} nats a block,\n{written(token, 4)} a token", fontsize=10)
-    _heat_map(right, result["active_units"], result["layers"], "{:d}", "units", highest=channels)
+    _heat_map(right, result["active_units"], result["readers"], "{:d}", "units", highest=channels)
     right.set_title(
         f"Active units of {channels} a latent: {result['num_active']} of {result['num_units']} "
         f"({100 * result['num_active'] / result['num_units']:.1f} %)\n"
@@ -81,8 +81,8 @@ def plot_latent_usage(result: dict, path: str | Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_cross_attention(result: dict, path: str | Path) -> None:
-    """Where the first block's tokens look among their layer's latents, a panel for each layer."""
+def plot_latent_reading(result: dict, path: str | Path) -> None:
+    """Which latents the first block's tokens read, a panel for each layer."""
     from matplotlib.figure import Figure
 
     layers, tokens = result["weights"], result["tokens"]
@@ -92,9 +92,9 @@ def plot_cross_attention(result: dict, path: str | Path) -> None:
     panels = figure.subplots(len(layers), 1, sharex=True, squeeze=False)[:, 0]
     for index, (axes, weights) in enumerate(zip(panels, layers, strict=True)):
         image = axes.imshow(list(zip(*weights, strict=True)), aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        layer, entropy, addition = (result[name][index] for name in ("layers", "entropy", "addition"))
+        reader, entropy, addition = (result[name][index] for name in ("readers", "entropy", "addition"))
         axes.set_title(
-            f"layer {layer}: entropy {number(entropy):.3f} of at most {result['max_entropy']:.3f} nats; "
+            f"{reader}: entropy {number(entropy):.3f} of at most {result['max_entropy']:.3f} nats; "
             f"adds {100 * number(addition):.1f} % to the residual stream",
             fontsize=9,
         )
@@ -103,8 +103,8 @@ def plot_cross_attention(result: dict, path: str | Path) -> None:
     panels[-1].set_xticks(range(len(tokens)), [_visible(token) for token in tokens], rotation=90, fontsize=7)
     for label in panels[-1].get_xticklabels():
         label.set_parse_math(False)  # a text's dollars are dollars
-    figure.suptitle("Cross-attention of one block's tokens, mean over heads", fontsize=11)
-    figure.colorbar(image, ax=list(panels), label="attention", shrink=0.8)
+    figure.suptitle("What one block's tokens read of each latent, mean over heads", fontsize=11)
+    figure.colorbar(image, ax=list(panels), label="share", shrink=0.8)
     figure.savefig(path)
 
 
@@ -145,7 +145,7 @@ def _errorbar(axes, places, figures, factor=1.0, **style) -> None:
     axes.errorbar(places, means, errors, ms=4, capsize=3, **style)
 
 
-def _heat_map(axes, rows, layers, form: str, unit: str, highest: float | None = None) -> None:
+def _heat_map(axes, rows, readers, form: str, unit: str, highest: float | None = None) -> None:
     """A layer's row of numbers, from 0, each written into its cell where they are few."""
     highest = highest or max((value for row in rows for value in row if math.isfinite(value)), default=0) or 1
     image = axes.imshow(rows, aspect="auto", vmin=0, vmax=highest, cmap="viridis")
@@ -155,8 +155,8 @@ def _heat_map(axes, rows, layers, form: str, unit: str, highest: float | None = 
                 dark = value < 0.6 * image.norm.vmax
                 axes.text(x, y, form.format(value), ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(rows[0])), range(1, len(rows[0]) + 1))
-    axes.set_yticks(range(len(rows)), layers)
-    axes.set(xlabel="latent", ylabel="layer")
+    axes.set_yticks(range(len(rows)), readers)
+    axes.set(xlabel="latent")
     axes.figure.colorbar(image, ax=axes, label=unit)
 
 
