@@ -19,7 +19,7 @@ from ltm_hf.training import LTMTrainer, LTMTrainingArguments, sharding
 
 MODE, FOLDER = sys.argv[1], Path(sys.argv[2])
 RANK, WORLD_SIZE = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-launching = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "examples" / "benchmarks" / "launch.py")))
+launching = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("launching.py"))))
 launching.shard_on_cpu(MODE)
 
 FIGURES = ("loss", "kl", "bound", "gain", "grad_norm")

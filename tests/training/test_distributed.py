@@ -16,7 +16,7 @@ from ltm_hf import LTMForCausalLM
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
-launching = SimpleNamespace(**runpy.run_path(str(HERE.parents[1] / "examples" / "benchmarks" / "launch.py")))
+launching = SimpleNamespace(**runpy.run_path(str(HERE / "launching.py")))
 MODES = ["ddp", "fsdp2", *(pytest.param(mode, marks=pytest.mark.deepspeed) for mode in ("zero2", "zero3"))]
 SHARDED = ["fsdp2", pytest.param("zero3", marks=pytest.mark.deepspeed)]
 

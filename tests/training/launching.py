@@ -1,6 +1,6 @@
 """A script in several processes, in each mode of examples/configs/, and on a machine without GPUs too.
 
-`scaling.py` measures with it, and `tests/training/test_distributed.py` compares.
+`test_distributed.py` compares by it.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 MODES = ("single", "ddp", "fsdp2", "zero2", "zero3")
 
 
