@@ -1,40 +1,28 @@
 """One cell of a study: a model trained in a setting with a seed, and its score on held-out documents."""
 
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from datasets import Dataset
-from safetensors.torch import load_model, save_model
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from ..data import document_blocks, load_corpus, load_tokenizer, pack, prefix_blocks, train_tokenizer
-from ..evaluation import score_blocks
-from ..evaluation.likelihood import chosen
-from ..modeling_ltm import LTMForCausalLM
-from ..training import LTMTrainer
+from ltm_hf import LTMForCausalLM
+from ltm_hf.data import document_blocks, load_corpus, load_tokenizer, pack, prefix_blocks, train_tokenizer
+from ltm_hf.evaluation import score_blocks
+from ltm_hf.evaluation.likelihood import chosen
+from ltm_hf.training import LTMTrainer
+
 from .grid import Scoring, Setting, Study
-
-WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Lever:
-    """Something to try that neither `LTMConfig` nor the training arguments know.
-
-    change: of a new model, in place, before it learns. trainer: how it learns; after `train()` its model is scored.
-    """
-
-    change: Callable[[LTMForCausalLM], None] = lambda model: None
-    trainer: type[LTMTrainer] = LTMTrainer
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a setting's models learn from, and held-out blocks to score: for the bounds and, with prefixes, for
-    prediction. Every block is full, and of one document."""
+    """What a setting's models learn from, and held-out blocks to score: for all tokens and, with prefixes, for what
+    follows them. Every block is full, and of one document."""
 
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
@@ -66,23 +54,20 @@ def prepare(setting: Setting, block_size: int, count: int) -> Data:
     return Data(tokenizer, train, *held_out)
 
 
-def train_cell(study: Study, setting: str, model: str, seed: int, data: Data, folder: Path, lever=Lever()) -> dict:
-    """Train, and keep the model in the folder; as a checkpoint that loads anywhere, where no lever has changed it.
+def train_cell(study: Study, setting: str, model: str, seed: int, data: Data, folder: Path) -> dict:
+    """Train, and keep the model in the folder, as a checkpoint that loads anywhere.
 
     Returns, for JSON: `parameters`, `flops` (a token of training), `steps`, `tokens` (that it learned from), `seconds`
     (a step).
     """
-    decoder = _new_model(study, setting, model, seed, data, lever)
+    set_seed(seed)
+    decoder = LTMForCausalLM(study.config(setting, model, **data.facts))
     arguments = study.arguments(setting, model, folder, seed, **data.facts)
-    trainer = lever.trainer(decoder, arguments, train_dataset=data.train, processing_class=data.tokenizer)
+    trainer = LTMTrainer(decoder, arguments, train_dataset=data.train, processing_class=data.tokenizer)
     start = time.perf_counter()
     trainer.train()
     seconds, steps = time.perf_counter() - start, trainer.state.global_step
-    folder.mkdir(parents=True, exist_ok=True)
-    if study.models[model].lever is None:
-        trainer.save_model()
-    else:
-        save_model(decoder, folder / WEIGHTS)
+    trainer.save_model()
     return {
         "parameters": decoder.num_parameters(),
         "flops": study.flops(setting, model, arguments, **data.facts),
@@ -92,44 +77,44 @@ def train_cell(study: Study, setting: str, model: str, seed: int, data: Data, fo
     }
 
 
-def score_cell(study: Study, setting: str, model: str, seed: int, data: Data, folder: Path, lever=Lever()) -> dict:
-    """The scores of the model that `train_cell` left in the folder."""
-    decoder = _new_model(study, setting, model, seed, data, lever)
-    load_model(decoder, folder / WEIGHTS)
-    return score_model(decoder, data, study.scoring)
-
-
-def _new_model(study, setting, model, seed, data, lever) -> LTMForCausalLM:
-    set_seed(seed)
-    decoder = LTMForCausalLM(study.config(setting, model, **data.facts))
-    lever.change(decoder)
-    return decoder
+def score_cell(study: Study, setting: str, model: str, seed: int, data: Data, folder: Path) -> dict:
+    """The scores of the model that `train_cell` left in the folder; it infers as this one is configured to."""
+    config = study.config(setting, model, **data.facts)
+    return score_model(LTMForCausalLM.from_pretrained(folder, config=config), data, study.scoring)
 
 
 def score_model(model, data: Data, scoring: Scoring) -> dict[str, dict[str, list]]:
     """Nats of each held-out block by figure, with its `tokens` and its `documents`, to be compared block by block.
 
-    Figures: `exact` and `prefix_exact` of the decoder without latents; and by the number of inference steps, as in
-    "bound@32": `bound`, `kl` (its second part) and `prefix`, after `scoring.at` steps `iw` and `mixture` as well.
-    `reinfer` is by as many steps as the model trains with.
+    Exact, whatever the model: `loss` of all tokens and `second` of second halves, each from what comes before it, and
+    `no_latents` and `prefix_no_latents` of the decoder alone. Of one with latents also, by the number of inference
+    steps, `prefix@T`: second halves, latents from the first ones. `bound`: with fresh noise; where latents are fitted
+    to a whole text it is NLL + KL, also as `bound@T`, with `kl` and the importance-weighted `iw`.
     """
-    scores = {}
-
-    def add(blocks, names: dict[str, str], steps: int | None = None):
-        found = score_blocks(model, blocks, scoring.batch_size, steps, progress=False, figures=tuple(names.values()))
+    wanted, scores = defaultdict(dict), {}
+    for name, figure, steps in _figures(model.config, scoring):
+        wanted[figure.startswith("prefix"), steps][name] = figure
+    for (follows, steps), names in wanted.items():  # which share what inference finds
+        blocks, figures = data.following if follows else data.blocks, tuple(dict.fromkeys(names.values()))
+        found = score_blocks(model, blocks, scoring.batch_size, steps, progress=False, figures=figures)
         for name, figure in names.items():
             columns = {"nats": found.nats[figure], "tokens": found.tokens(figure), "documents": found.documents}
             scores[name] = {column: values.tolist() for column, values in columns.items()}
-
-    add(data.blocks, {"exact": "no_latents"})
-    add(data.following, {"prefix_exact": "prefix_no_latents"})
-    for steps in scoring.all_steps if model.config.num_latents else ():
-        bounds, predictions = {f"bound@{steps}": "bound", f"kl@{steps}": "kl"}, {f"prefix@{steps}": "prefix"}
-        if steps == scoring.at:
-            bounds["iw"] = f"iw-{scoring.importance_samples}"
-            predictions["mixture"] = f"prefix_mixture-{scoring.mixture_samples}"
-        add(data.blocks, bounds, steps)
-        add(data.following, predictions, steps)
-    if model.config.num_latents:
-        add(data.blocks, {"reinfer": f"reinfer-{scoring.reinfer_every}"})
     return scores
+
+
+def _figures(config, scoring: Scoring) -> Iterator[tuple[str, str, int | None]]:
+    """What is scored of a model: the study's name for it, evaluation's, and the inference steps, None for its own."""
+    yield from ((name, name, None) for name in ("no_latents", "prefix_no_latents"))
+    if not config.num_latents:
+        yield from (("loss", "no_latents", None), ("second", "prefix_no_latents", None))
+        return
+    yield from ((f"prefix@{steps}", "prefix", steps) for steps in scoring.all_steps)
+    if config.has_memory:
+        yield from (("loss", "prediction", None), ("second", "prefix_prediction", None))
+        yield "bound", "prediction_sampled", None
+        return
+    yield from (("loss", f"reinfer-{scoring.reinfer_every}", None), ("second", "prefix", scoring.at))
+    yield from ((f"bound@{steps}", "bound", steps) for steps in scoring.all_steps)
+    yield from (("bound", "bound", scoring.at), ("kl", "kl", scoring.at))
+    yield "iw", f"iw-{scoring.importance_samples}", scoring.at

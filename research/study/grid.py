@@ -12,12 +12,13 @@ import yaml
 from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 
-from ..configuration_ltm import LTMConfig
-from ..data import load_corpus
-from ..data.numbers import check_at_least
-from ..evaluation.report import one_line
-from ..flops import count_parameters
-from ..training import LTMTrainingArguments
+from ltm_hf import LTMConfig
+from ltm_hf.costs.flops import count_parameters
+from ltm_hf.data import load_corpus
+from ltm_hf.data.numbers import check_at_least
+from ltm_hf.evaluation.report import one_line
+from ltm_hf.training import LTMTrainingArguments
+from ltm_hf.training.objectives import objective_of, step_flops
 
 
 @dataclass(frozen=True, eq=False)  # each is itself alone, and hashable
@@ -51,7 +52,6 @@ class Model:
     parameters_of: a model whose number of parameters this one gets, by the width of its feed-forward layers.
     flops_of: a model whose FLOPs of training this one gets, by the number of its steps.
     weights_of: a model that this one is after training; it differs in how it infers when it is scored.
-    lever: something to try that no field says; a name that `run_study` is given.
     """
 
     config: dict = field(default_factory=dict)
@@ -59,7 +59,6 @@ class Model:
     parameters_of: str | None = None
     flops_of: str | None = None
     weights_of: str | None = None
-    lever: str | None = None
 
     def __post_init__(self):
         _check_types(self)
@@ -69,16 +68,15 @@ class Model:
 class Scoring:
     """How a trained model is scored, on held-out documents.
 
-    blocks: so many of them, drawn. steps: inference steps at test time. at: those of the two mixtures, which have
-    `importance_samples` (a bound) and `mixture_samples` (of the prefix loss). reinfer_every: tokens after which a
-    predictor infers anew, by as many steps as it trains with.
+    blocks: so many of them, drawn. steps: inference steps at test time. at: those that a model stands for in the
+    tables, with `importance_samples` for the weighted bound. reinfer_every: tokens after which latents are inferred
+    anew where a model reads them in its layers, by as many steps as it trains with; a memory infers at each.
     """
 
     blocks: int = 128
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     at: int = 32
     importance_samples: int = 64
-    mixture_samples: int = 16
     reinfer_every: int = 32
     batch_size: int = 16
 
@@ -103,7 +101,7 @@ class Study:
 
     Names of settings and models are those of folders, and hold no more than letters, digits and `_-+.`.
 
-    Raises ValueError for fields, models or levers that are not there, and for values that cannot work.
+    Raises ValueError for fields and models that are not there, and for values that cannot work.
     """
 
     settings: dict[str, Setting]
@@ -155,8 +153,8 @@ class Study:
                     raise ValueError(f"{name}: {other} must not depend on a model itself.")
         for setting in self.settings:  # so that nothing fails hours later
             for model in self.models:
-                config, arguments = self.config(setting, model), self.arguments(setting, model, "", seed=0)
-                arguments.inference_steps(config)
+                config = self.config(setting, model)
+                self.arguments(setting, model, "", seed=0)
                 other = self.models[model].weights_of
                 if other and count_parameters(config) != count_parameters(self.config(setting, other)):
                     raise ValueError(f"{model}: its config must be that of {other}, but for inference: weights_of.")
@@ -223,6 +221,7 @@ class Study:
         _check_numbers(given, where)
         try:
             arguments = LTMTrainingArguments(output_dir=str(folder), seed=seed, **given)
+            objective_of(self.config(setting, model, **tokenizer), arguments)  # refuses what does not go together
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {one_line(error)}") from None
         if about.flops_of is not None:
@@ -235,7 +234,7 @@ class Study:
     def flops(self, setting: str, model: str, arguments: LTMTrainingArguments, **tokenizer) -> float:
         """FLOPs a token of training."""
         config = self.config(setting, model, **tokenizer)
-        return arguments.step_flops(config, config.max_position_embeddings)
+        return step_flops(config, arguments, config.max_position_embeddings)
 
 
 _TRAINING = {

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..evaluation.figures import markdown_rows, mean_and_error, ratio_and_error, with_error
+from ltm_hf.evaluation.figures import markdown_rows, mean_and_error, ratio_and_error, with_error
+
 from .grid import Study
 
 Cells = dict[tuple[str, str, int], dict]  # by setting, model and seed
@@ -51,13 +52,13 @@ def in_words(study: Study, cells: Cells) -> str:
     longer thinking at test time buys."""
     about = study.scoring
     parts = [
-        f"Nats a token of held-out blocks. loss: exact, or for a model with latents the bound with fresh noise after "
-        f"{about.at} inference steps; iw: importance-weighted bound, {about.importance_samples} samples; prefix: exact "
-        f"loss of what follows a prefix, latents from it alone; mixture: the same, {about.mixture_samples} samples; "
-        f"reinfer: exact loss of all tokens, latents from all before, anew every {about.reinfer_every} tokens, by as "
-        f"many steps as in training. Differences are from {study.reference}, block by block, ± standard error over "
-        f"documents ± over seeds. MFLOPs and ms (of this run, whatever else the machine did) are of training, a token "
-        f"and a step."
+        f"Nats a token of held-out blocks. loss: exact, of all tokens, each from what comes before it; latents that "
+        f"layers read are inferred anew every {about.reinfer_every} tokens, by as many steps as in training. second: "
+        f"the same of second halves; latents that layers read are of the first halves, after {about.at} steps. bound: "
+        f"with fresh noise; of latents fitted to the whole text NLL + KL after {about.at} steps, of a memory the loss "
+        f"by a sample for each token. iw: importance-weighted, {about.importance_samples} samples. Differences are "
+        f"from {study.reference}'s exact losses, block by block, ± standard error over documents ± over seeds. MFLOPs "
+        f"and ms (of this run, whatever else the machine did) are of training, a token and a step."
     ]
     for setting in study.settings:
         by_model = _by_model(study, cells, setting)
@@ -69,7 +70,7 @@ def in_words(study: Study, cells: Cells) -> str:
         if scaled:
             chosen = [name for name in by_model if name in like or name in scaled]
             parts += [f"## {setting}, equal training FLOPs", _costs(study, by_model, chosen)]
-        thinking = [name for name in by_model if f"bound@{about.at}" in _figures(by_model[name])]
+        thinking = [name for name in by_model if f"prefix@{about.at}" in _figures(by_model[name])]
         if thinking:
             parts += [f"## {setting}, inference steps at test time", _thinking(study, by_model, thinking)]
     return "\n\n".join(parts) + "\n"
@@ -89,25 +90,34 @@ def _figures(cells: Seeds) -> dict:
     return next(iter(cells.values()))["scores"]
 
 
+# Of a model's figures, which are compared, and with which exact one of the reference.
+_COMPARED = {"loss": "loss", "second": "second", "bound": "loss"}
+
+
 def _costs(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str:
-    at, reference = study.scoring.at, by_model.get(study.reference)
-    head = "model seeds parameters MFLOPs steps ms loss difference kl iw reinfer difference prefix difference mixture"
-    rows = [head.split()]
+    rows = ["model seeds parameters MFLOPs steps ms".split()]
+    rows[0] += [cell for figure in _COMPARED for cell in (figure, "difference")] + ["kl", "iw"]
     for name in names:
-        cells, other = by_model[name], None if name == study.reference else reference
-        one, known = next(iter(cells.values())), _figures(cells)
-        bound, prefix = (f"bound@{at}", f"prefix@{at}") if f"bound@{at}" in known else ("exact", "prefix_exact")
-        figures = {figure: with_error(estimate(cells, figure).value, None, 4) for figure in known}
-        bound_above, reinfer_above, prefix_above = (
-            "" if other is None or figure not in known else str(estimate(cells, figure, other, exact))
-            for figure, exact in ((bound, "exact"), ("reinfer", "exact"), (prefix, "prefix_exact"))
-        )
-        costs = [str(len(cells)), f"{one['parameters']:,}", f"{one['flops'] / 1e6:.2f}", f"{one['steps']:,}"]
-        costs.append(f"{1000 * statistics.median(cell['seconds'] for cell in cells.values()):.0f}")
-        losses = [figures[bound], bound_above, figures.get(f"kl@{at}", ""), figures.get("iw", "")]
-        exactly = [figures.get("reinfer", ""), reinfer_above, figures[prefix], prefix_above]
-        rows.append([name, *costs, *losses, *exactly, figures.get("mixture", "")])
+        cells = by_model[name]
+        one = next(iter(cells.values()))
+        row = [name, str(len(cells)), f"{one['parameters']:,}", f"{one['flops'] / 1e6:.2f}", f"{one['steps']:,}"]
+        row.append(f"{1000 * statistics.median(cell['seconds'] for cell in cells.values()):.0f}")
+        for figure in _COMPARED:
+            row += [_value(cells, figure), _difference(study, by_model, name, figure, _COMPARED[figure])]
+        rows.append([*row, _value(cells, "kl"), _value(cells, "iw")])
     return markdown_rows(rows)
+
+
+def _value(cells: Seeds, figure: str) -> str:
+    return with_error(estimate(cells, figure).value, None, 4) if figure in _figures(cells) else ""
+
+
+def _difference(study: Study, by_model: dict[str, Seeds], name: str, figure: str, exact: str) -> str:
+    """Of a model's figure from an exact one of the reference; nothing where there is none."""
+    reference = by_model.get(study.reference)
+    if reference is None or name == study.reference or figure not in _figures(by_model[name]):
+        return ""
+    return str(estimate(by_model[name], figure, reference, exact))
 
 
 def _thinking(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str:
@@ -115,48 +125,37 @@ def _thinking(study: Study, by_model: dict[str, Seeds], names: list[str]) -> str
     rows = [["model", "", *map(str, steps)]]
     for name in names:
         for kind in ("bound", "prefix"):
-            values = [with_error(estimate(by_model[name], f"{kind}@{n}").value, None, 4) for n in steps]
-            rows.append([name, kind, *values])
-        if reference := by_model.get(study.reference):
-            above = [str(estimate(by_model[name], f"prefix@{number}", reference, "prefix_exact")) for number in steps]
-            rows.append([name, "prefix, difference", *above])
+            if f"{kind}@{steps[0]}" in _figures(by_model[name]):
+                rows.append([name, kind, *(_value(by_model[name], f"{kind}@{number}") for number in steps)])
+        above = [_difference(study, by_model, name, f"prefix@{number}", "second") for number in steps]
+        rows.append([name, "prefix, difference", *above])
     return markdown_rows(rows)
 
 
 def plot(study: Study, cells: Cells, path: Path) -> None:
-    """Write a PNG: bounds and prefix losses against inference steps, a row for each setting.
+    """Write a PNG: losses against inference steps, a row for each setting; of all tokens, and of second halves.
 
-    Bars are standard errors, over documents, of differences from the reference. Level lines are exact: of models
-    without latents, and dotted of those that infer anew (`reinfer`). Inference without a variance ("map") has no bound
-    worth drawing.
+    Bars are standard errors, over documents, of differences from the reference. Level lines are exact predictors:
+    dashed of models without latents, dotted of those with.
     """
     from matplotlib.figure import Figure
 
     settings = {setting: found for setting in study.settings if (found := _by_model(study, cells, setting))}
-    figure = Figure(figsize=(13, 4.2 * len(settings)), layout="constrained")
+    figure, all_steps = Figure(figsize=(13, 4.2 * len(settings)), layout="constrained"), study.scoring.all_steps
     grid = figure.subplots(len(settings), 2, squeeze=False)
-    for axes_of_row, (setting, by_model) in zip(grid, settings.items(), strict=True):
+    panels = (("bound", "loss", "all tokens"), ("prefix", "second", "second halves"))
+    for row, (setting, by_model) in zip(grid, settings.items(), strict=True):
         reference = by_model.get(study.reference)
-        for axes, kind, exact in zip(axes_of_row, ("bound", "prefix"), ("exact", "prefix_exact"), strict=True):
+        for axes, (kind, exact, words) in zip(row, panels, strict=True):
             for index, (name, found) in enumerate(by_model.items()):
-                steps = [number for number in study.scoring.all_steps if f"{kind}@{number}" in _figures(found)]
-                if kind == "bound" and "reinfer" in _figures(found):
-                    axes.axhline(estimate(found, "reinfer").value, color=f"C{index}", ls=":", lw=1.6)
-                    if study.config(setting, name).inference_optimizer == "map":
-                        continue
-                if not steps:
-                    axes.axhline(estimate(found, exact).value, color=f"C{index}", ls="--", lw=1.2, label=name)
-                    continue
-                values = [estimate(found, f"{kind}@{number}") for number in steps]
-                errors = [estimate(found, f"{kind}@{n}", reference, exact).over_documents for n in steps]
-                axes.errorbar(
-                    range(len(steps)), [value.value for value in values], errors, fmt="o-", color=f"C{index}", ms=4,
-                    capsize=3, label=name,
-                )  # fmt: skip
-            axes.set_xticks(range(len(study.scoring.all_steps)), list(map(str, study.scoring.all_steps)))
-            title = "what follows a prefix, latents from it"
-            if kind == "bound":
-                title = f"all tokens (dotted: latents anew every {study.scoring.reinfer_every})"
-            axes.set(xlabel="inference steps at test time", ylabel="nats a token", title=f"{setting}: {title}")
-        axes_of_row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+                thinks, color = f"prefix@{all_steps[0]}" in _figures(found), f"C{index}"
+                style = ":" if thinks else "--"
+                axes.axhline(estimate(found, exact).value, color=color, ls=style, lw=1.3, label=name)
+                steps = [number for number in all_steps if f"{kind}@{number}" in _figures(found)]
+                values = [estimate(found, f"{kind}@{number}").value for number in steps]
+                errors = [estimate(found, f"{kind}@{number}", reference, exact).over_documents for number in steps]
+                axes.errorbar(range(len(steps)), values, errors, fmt="o-", color=color, ms=4, capsize=3)
+            axes.set_xticks(range(len(all_steps)), list(map(str, all_steps)))
+            axes.set(xlabel="inference steps at test time", ylabel="nats a token", title=f"{setting}: {words}")
+        row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)

@@ -5,20 +5,19 @@ import math
 import re
 
 import pytest
-import torch
 import yaml
 
 from ltm_hf import LTMForCausalLM
+from ltm_hf.costs.flops import count_parameters
 from ltm_hf.evaluation import evaluate_likelihood
-from ltm_hf.flops import count_parameters
-from ltm_hf.study import Lever, Model, Scoring, Setting, Study, estimate, run_study
-from ltm_hf.study.cell import prepare, score_cell, train_cell
 from ltm_hf.training import LTMTrainer
+from research.study import Model, Scoring, Setting, Study, estimate, run_study
+from research.study.cell import prepare, score_cell, train_cell
 
 GRID = """
 shared: &shape
   {hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2, sliding_window: 4,
-   max_position_embeddings: 16, num_latents: 4, initializer_range: 0.2}
+   max_position_embeddings: 16, num_latents: 4, initializer_range: 0.2, latent_chunk: 4}
 settings:
   letters:
     corpus: {name_or_files: FILES}
@@ -28,26 +27,26 @@ training: {max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2, 
            disable_tqdm: true}
 reference: twin
 seeds: [1, 2]
-scoring: {blocks: 5, steps: [1, 2], at: 2, importance_samples: 3, mixture_samples: 3}
+scoring: {blocks: 5, steps: [1, 2], at: 2, importance_samples: 3, reinfer_every: 5}
 models:
-  natural: {}
-  natural-lbfgs: {weights_of: natural, config: {inference_optimizer: lbfgs}}
-  twin: {config: {num_latents: 0}, parameters_of: natural}
-  full: {config: {num_latents: 0, sliding_window: null}, parameters_of: natural}
-  longer: {config: {num_latents: 0}, flops_of: natural}
+  memory: {}
+  paper: &paper {config: {latent_reader: paper, num_inference_steps: 2}}
+  paper-lbfgs: {weights_of: paper, config: {latent_reader: paper, num_inference_steps: 2, inference_method: lbfgs}}
+  twin: {config: {num_latents: 0}, parameters_of: paper}
+  full: {config: {num_latents: 0, sliding_window: null}, parameters_of: paper}
+  longer: {config: {num_latents: 0}, flops_of: paper}
 """
 
 
+PAPER = {"config": {"latent_reader": "paper"}}
+
+
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory):
-    """The YAML file, on a corpus of 30 documents."""
-    folder = tmp_path_factory.mktemp("grid")
-    generator = torch.Generator().manual_seed(0)
-    texts = ["".join(chr(97 + i) for i in torch.randint(6, (40,), generator=generator)) for _ in range(30)]
-    lines = "\n".join(json.dumps({"text": text}) for text in texts)
-    (folder / "letters.jsonl").write_text(lines)
-    (folder / "grid.yaml").write_text(GRID.replace("FILES", str(folder / "letters.jsonl")))
-    return folder / "grid.yaml"
+def grid(corpus, tmp_path_factory):
+    """The YAML file."""
+    path = tmp_path_factory.mktemp("grid") / "grid.yaml"
+    path.write_text(GRID.replace("FILES", str(corpus)))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -68,71 +67,91 @@ def read(folder, model, seed, name):
 
 
 def test_equal_parameters_and_equal_flops(study):
-    reference = study.config("letters", "natural")
+    reference = study.config("letters", "paper")
     for name in ("twin", "full"):
         config = study.config("letters", name)
         channel = 3 * config.num_hidden_layers * config.hidden_size
         assert abs(count_parameters(config) - count_parameters(reference)) <= channel / 2
         assert not config.num_latents and config.intermediate_size > reference.intermediate_size
     assert study.config("letters", "full").sliding_window is None
-    natural, longer = (study.arguments("letters", name, "", 0) for name in ("natural", "longer"))
-    cost, less = study.flops("letters", "natural", natural), study.flops("letters", "longer", longer)
-    assert longer.max_steps == round(3 * cost / less) > natural.max_steps == 3
+    paper, longer = (study.arguments("letters", name, "", 0) for name in ("paper", "longer"))
+    cost, less = study.flops("letters", "paper", paper), study.flops("letters", "longer", longer)
+    assert longer.max_steps == round(3 * cost / less) > paper.max_steps == 3
 
 
-def test_cells_are_kept_and_what_they_are(study, folder, grid):
-    for model in ("natural", "twin", "full", "longer"):
+def test_cells_are_kept_and_what_they_are(study, folder):
+    for model in ("memory", "paper", "twin", "full", "longer"):
         facts = read(folder, model, 1, "training")
         loaded = LTMForCausalLM.from_pretrained(folder / "letters" / model / "1")
         assert facts["parameters"] == loaded.num_parameters() == count_parameters(loaded.config)
         assert facts["tokens"] == facts["steps"] * 4 * 16
         assert facts["steps"] == study.arguments("letters", model, "", 1).max_steps
-    assert not (folder / "letters" / "natural-lbfgs" / "1" / "training.json").exists()
+    assert not (folder / "letters" / "paper-lbfgs" / "1" / "training.json").exists()
     assert (folder / "study.png").read_bytes().startswith(b"\x89PNG")
     words = (folder / "README.md").read_text()
-    assert words.count("| natural ") == 2 + 3  # in both tables of costs, and its three lines of thinking
-    assert "equal training FLOPs" in words and "| longer " in words
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in words.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows].count("paper") == 2 + 3  # in both tables of costs, and its lines of thinking
+    assert [row[0] for row in rows].count("memory") == 1 + 2  # whose bound does not go by steps
+    assert "equal training FLOPs" in words and "longer" in [row[0] for row in rows]
+    memory = dict(zip(rows[0], rows[2], strict=False))
+    assert memory["model"] == "memory" and not memory["kl"] and not memory["iw"]
+    assert float(memory["loss"]) == pytest.approx(value(folder, "memory", "loss", seeds=(1, 2)), abs=1e-4)
+
+
+def value(folder, model, figure, seeds=(1,)):
+    return estimate({seed: {"scores": read(folder, model, seed, "scores")} for seed in seeds}, figure).value
 
 
 def test_scores_are_those_of_the_library(study, folder):
     """Of the models as kept, on held-out blocks, each full and of one document."""
     data = prepare(study.settings["letters"], 16, study.scoring.blocks)
     assert {len(row["input_ids"]) for row in [*data.blocks, *data.following, *data.train]} == {16}
-    for model, optimizer in (("natural", "natural"), ("natural-lbfgs", "lbfgs")):
-        loaded, scores = (
-            LTMForCausalLM.from_pretrained(folder / "letters" / "natural" / "1"),
-            read(folder, model, 1, "scores"),
-        )
+
+    def found(model, figure, **options):
+        loaded = LTMForCausalLM.from_pretrained(folder / "letters" / model.removesuffix("-lbfgs") / "1")
+        blocks = data.following if figure.startswith("prefix") else data.blocks
+        return evaluate_likelihood(loaded, blocks, figures=[figure], progress=False, **options)[figure]
+
+    for model, method in (("paper", "natural"), ("paper-lbfgs", "lbfgs")):
         for steps in (1, 2):
-            options = dict(num_inference_steps=steps, inference_optimizer=optimizer, progress=False)
-            found = evaluate_likelihood(loaded, data.blocks, figures=["bound", "kl"], **options)
-            found |= evaluate_likelihood(loaded, data.following, figures=["prefix"], **options)
-            for name in ("bound", "kl", "prefix"):
-                value = estimate({1: {"scores": scores}}, f"{name}@{steps}").value
-                assert value == pytest.approx(found[name], abs=1e-5)
-    assert read(folder, "natural", 1, "scores")["bound@2"] != read(folder, "natural-lbfgs", 1, "scores")["bound@2"]
-
-
-def test_same_tokens_in_the_same_order(study, folder, tmp_path):
-    """Whatever the model; the longer run begins with them."""
-    seen = {}
-
-    def lever(name):
-        class Recorded(LTMTrainer):
-            def training_step(self, model, inputs, *args, **kwargs):
-                seen.setdefault(name, []).append(inputs["input_ids"].tolist())
-                return super().training_step(model, inputs, *args, **kwargs)
-
-        return Lever(trainer=Recorded)
-
-    models = {name: Model(**vars(study.models[name]) | {"lever": name}) for name in ("natural", "twin", "longer")}
-    run_study(
-        Study(study.settings, models, "twin", (1,), study.training, study.scoring),
-        tmp_path,
-        None,
-        {n: lever(n) for n in models},
+            options = dict(num_inference_steps=steps, inference_method=method)
+            for figure in ("bound", "prefix"):
+                assert value(folder, model, f"{figure}@{steps}") == pytest.approx(
+                    found(model, figure, **options), abs=1e-5
+                )
+        for name, figure in {
+            "loss": "reinfer-5",
+            "second": "prefix",
+            "bound": "bound",
+            "iw": "iw-3",
+            "kl": "kl",
+        }.items():
+            assert value(folder, model, name) == pytest.approx(found(model, figure, inference_method=method), abs=1e-5)
+    figures = {"loss": "prediction", "second": "prefix_prediction", "bound": "prediction_sampled"}
+    for name, figure in figures.items():
+        assert value(folder, "memory", name) == pytest.approx(found("memory", figure), abs=1e-5)
+    assert value(folder, "memory", "prefix@2") == pytest.approx(
+        found("memory", "prefix", num_inference_steps=2), abs=1e-5
     )
-    assert seen["natural"] == seen["twin"] == seen["longer"][:3] and len(seen["longer"]) > 3
+    for name, figure in {"loss": "no_latents", "second": "prefix_no_latents"}.items():
+        assert (
+            value(folder, "twin", name)
+            == value(folder, "twin", figure)
+            == pytest.approx(found("twin", figure), abs=1e-5)
+        )
+
+
+def test_same_tokens_in_the_same_order(study, tmp_path, monkeypatch):
+    """Whatever the model; the longer run begins with them."""
+    seen, step = {}, LTMTrainer.training_step
+
+    def recorded(trainer, model, inputs, *args, **kwargs):
+        seen.setdefault(trainer.args.output_dir.split("/")[-2], []).append(inputs["input_ids"].tolist())
+        return step(trainer, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LTMTrainer, "training_step", recorded)
+    run_study(study, tmp_path, {"seeds": [1], "models": ["memory", "paper", "twin", "longer"]})
+    assert seen["memory"] == seen["paper"] == seen["twin"] == seen["longer"][:3] and len(seen["longer"]) > 3
 
 
 def test_goes_on_where_it_was(grid, study, folder, monkeypatch):
@@ -144,40 +163,20 @@ def test_goes_on_where_it_was(grid, study, folder, monkeypatch):
             done.append((function.__name__, args[2], args[3]))
             return function(*args)
 
-        monkeypatch.setattr(f"ltm_hf.study.run.{function.__name__}", spied)
+        monkeypatch.setattr(f"research.study.run.{function.__name__}", spied)
     words = run_study(study, folder)
-    assert not done and "natural-lbfgs" in words
+    assert not done and "paper-lbfgs" in words
     given = yaml.safe_load(grid.read_text())
     given["scoring"]["blocks"] = 4
     grid_too = grid.with_name("again.yaml")
     grid_too.write_text(yaml.safe_dump(given, sort_keys=False))
-    run_study(Study.from_yaml(grid_too), folder, {"seeds": [2], "models": ["natural", "natural-lbfgs"]})
-    assert done == [("score_cell", "natural", 2), ("score_cell", "natural-lbfgs", 2)]
+    run_study(Study.from_yaml(grid_too), folder, {"seeds": [2], "models": ["paper", "paper-lbfgs"]})
+    assert done == [("score_cell", "paper", 2), ("score_cell", "paper-lbfgs", 2)]
     done.clear()
     given["models"]["twin"]["training"] = {"learning_rate": 1e-3}
     grid_too.write_text(yaml.safe_dump(given, sort_keys=False))
     run_study(Study.from_yaml(grid_too), folder, {"seeds": [2], "models": ["twin", "full"]})
     assert done == [("train_cell", "twin", 2), ("score_cell", "twin", 2), ("score_cell", "full", 2)]
-
-
-def test_levers_change_model_and_training(study, tmp_path):
-    def close(model):
-        for layer in model.model.layers:
-            torch.nn.init.zeros_(layer.cross_attention_gate.weight)
-
-    class Still(LTMTrainer):
-        def training_step(self, model, inputs, *args, **kwargs):
-            return super().training_step(model, inputs, *args, **kwargs) * 0
-
-    models = {"closed": Model(training={"learning_rate": 1e-30}, lever="closed"), "twin": study.models["natural"]}
-    models["twin"] = Model(config={"num_latents": 0})
-    small = Study(study.settings, models, "twin", (1,), study.training, study.scoring)
-    run_study(small, tmp_path, {"models": ["closed"]}, {"closed": Lever(close, Still)})
-    scores = read(tmp_path, "closed", 1, "scores")
-    assert scores["bound@2"]["nats"] == pytest.approx(scores["exact"]["nats"], abs=1e-5)  # no latent is read
-    assert not (tmp_path / "letters" / "closed" / "1" / "config.json").exists()
-    with pytest.raises(ValueError, match="closed: there is no lever 'closed'; there are: other"):
-        run_study(small, tmp_path, None, {"other": Lever()})
 
 
 def score(nats, documents=(0, 0, 1), tokens=(10.0, 10.0, 20.0)):
@@ -201,19 +200,29 @@ def test_estimates_by_hand():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reference": "nobody"}, "The reference 'nobody' is none of the models: natural"),
-        ({"reference": "natural"}, "The reference 'natural' must have num_latents=0"),
-        ({"models": {"natural": {"color": 1}, "twin": {}}}, "models: natural: there is no color; there are config"),
-        ({"models": {"natural": {"config": {"width": 1}}}}, "letters, natural: LTMConfig has no width"),
-        ({"models": {"natural": {"training": {"pace": 1}}}}, "training: there is no pace in LTMTrainingArguments"),
-        ({"models": {"natural": {"parameters_of": "x"}}}, "natural: there is no model 'x'; there are natural, twin"),
-        ({"models": {"natural": {"parameters_of": "natural"}}}, "natural: natural must not depend on a model itself"),
-        ({"models": {"natural": {"config": {"num_latents": 3}}}}, "num_latents"),
-        ({"models": {"natural": {"training": {"num_inference_steps_min": 9}}}}, "must be at most num_inference_steps"),
-        ({"models": {"natural": {"config": {"max_position_embeddings": 8}}}}, "all models of a setting must have its"),
+        ({"reference": "nobody"}, "The reference 'nobody' is none of the models: memory"),
+        ({"reference": "paper"}, "The reference 'paper' must have num_latents=0"),
+        ({"models": {"paper": {"color": 1}, "twin": {}}}, "models: paper: there is no color; there are config"),
+        ({"models": {"paper": {"config": {"width": 1}}}}, "letters, paper: LTMConfig has no width"),
+        ({"models": {"paper": {"training": {"pace": 1}}}}, "training: there is no pace in LTMTrainingArguments"),
+        ({"models": {"paper": {"parameters_of": "x"}}}, "paper: there is no model 'x'; there are paper, twin"),
+        ({"models": {"paper": {"parameters_of": "paper"}}}, "paper: paper must not depend on a model itself"),
         (
-            {"models": {"natural": {"config": {"cross_attention_layers": [0]}}, "again": {"weights_of": "natural"}}},
-            "again: its config must be that of natural, but for inference",
+            {"models": {"paper": {"config": {"latent_reader": "paper", "num_latents": 3}}}},
+            "letters, paper: num_latents (3)",
+        ),
+        (
+            {"models": {"paper": {"training": {"objective": "elbo"}}}},
+            "letters, paper: training: objective='elbo' fits latents to a whole text, and a memory learns as it reads",
+        ),
+        (
+            {"models": {"paper": PAPER | {"training": {"num_inference_steps_min": 9}}}},
+            "letters, paper: training: num_inference_steps_min must be at most num_inference_steps",
+        ),
+        ({"models": {"paper": {"config": {"max_position_embeddings": 8}}}}, "all models of a setting must have its"),
+        (
+            {"models": {"paper": {"config": {"num_latents": 2}}, "again": {"weights_of": "paper"}}},
+            "again: its config must be that of paper, but for inference",
         ),
         ({"colour": 1}, "the study: there is no colour; there are settings, models"),
         ({"settings": None}, "bad.yaml: settings must be a mapping of names, not None"),
@@ -232,16 +241,16 @@ def test_estimates_by_hand():
         ({"settings": {"a": {"tokenizer": 12}}}, "settings: a: tokenizer must be an integer of 258 or more, got 12"),
         (
             {"settings": {"a": {"config": {"hidden_size": "32"}}}},
-            "a, natural: Validation error for field 'hidden_size'",
+            "a, memory: Validation error for field 'hidden_size'",
         ),
-        ({"models": "natural"}, "models must be a mapping of names, not 'natural'"),
+        ({"models": "paper"}, "models must be a mapping of names, not 'paper'"),
         ({"models": {"a/b": {}}}, "'a/b' names a folder"),
         (
-            {"models": {"natural": {"training": {"learning_rate": "1e-3"}}}},
+            {"models": {"paper": {"training": {"learning_rate": "1e-3"}}}},
             "learning_rate must be a number, not '1e-3'",
         ),
-        ({"models": {"natural": {"training": {"max_steps": None}}}}, "max_steps must be a number, not None"),
-        ({"models": {"natural": {"parameters_of": 3}}}, "models: natural: Field 'parameters_of'"),
+        ({"models": {"paper": {"training": {"max_steps": None}}}}, "max_steps must be a number, not None"),
+        ({"models": {"paper": {"parameters_of": 3}}}, "models: paper: Field 'parameters_of'"),
         ({"training": [1]}, "Field 'training' expected dict, got list"),
         ({"reference": ["twin"]}, "Field 'reference' expected str, got list"),
         ({"seeds": 42}, "Field 'seeds'"),
@@ -281,7 +290,7 @@ def test_a_file_that_is_no_study_is_named(tmp_path, content, message):
 
 
 def test_nothing_is_begun_that_cannot_end(study, tmp_path, monkeypatch):
-    monkeypatch.setattr("ltm_hf.study.run.prepare", None)
+    monkeypatch.setattr("research.study.run.prepare", None)
     settings = {"letters": study.settings["letters"], "lost": Setting(corpus={"name_or_files": "no-such.jsonl"})}
     lost = Study(settings, {"twin": Model({"num_latents": 0})}, "twin", (1,), {"max_steps": 1})
     with pytest.raises(FileNotFoundError, match="no-such.jsonl"):
@@ -289,12 +298,12 @@ def test_nothing_is_begun_that_cannot_end(study, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file' is a file: name a folder"):
         run_study(study, tmp_path / "file")
-    kept = tmp_path / "letters" / "natural" / "1" / "training.json"
+    kept = tmp_path / "letters" / "paper" / "1" / "training.json"
     kept.parent.mkdir(parents=True)
     for content in ('{"settings": {', "[1]", "{}"):
         kept.write_text(content)
-        with pytest.raises(ValueError, match="natural/1/training.json' is"):
-            run_study(study, tmp_path)
+        with pytest.raises(ValueError, match="paper/1/training.json' is"):
+            run_study(study, tmp_path, {"models": ["paper"]})
 
 
 def test_figures_that_are_not_finite_are_said_so(study):
@@ -309,7 +318,9 @@ def test_an_empty_file_is_named(tmp_path):
 
 
 def test_names_that_are_not_there(study, tmp_path):
-    with pytest.raises(ValueError, match="'nobody' is none of the models: natural, natural-lbfgs, twin, full, longer"):
+    with pytest.raises(
+        ValueError, match="'nobody' is none of the models: memory, paper, paper-lbfgs, twin, full, longer"
+    ):
         run_study(study, tmp_path, {"models": ["nobody"]})
     short = Study({"letters": Setting()}, {"twin": Model({"num_latents": 0})}, "twin", scoring=Scoring(blocks=2))
     assert [*short.cells()] == [("letters", "twin", 42)]
