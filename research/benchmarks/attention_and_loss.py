@@ -1,7 +1,7 @@
 """Which attention within a window, and which vocabulary projection with its loss, is the fastest and smallest here.
 
-    python examples/benchmarks/attention_and_loss.py
-    python examples/benchmarks/attention_and_loss.py --preset ltm-small --batch-size 2 --sequence-length 1024 \\
+    python -m research.benchmarks.attention_and_loss
+    python -m research.benchmarks.attention_and_loss --preset ltm-small --batch_size 2 --sequence_length 1024 \\
         --threads 1 --output attention_and_loss.json
 
 Three comparisons at the sizes of a preset, on random input (seeded), each against a naive reference:
@@ -19,27 +19,24 @@ differ from the reference's by more than rounding end the script with an error. 
 time to start: `--memory` asks for these.
 """
 
-import argparse
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from train_step import at_least, environment, peak_of_this_process, relative_difference
-from transformers import set_seed
 from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mistral.modeling_mistral import eager_attention_forward
 
-from ltm_hf import PRESETS, losses_ltm, preset_config
+from ltm_hf import cli, losses_ltm
 from ltm_hf.losses_ltm import mean_loss, token_losses
+
+from . import common
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}
 
@@ -210,16 +207,15 @@ COMPARISONS = {
 
 
 def prepare(args, comparison: str) -> dict:
-    set_seed(args.seed)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return COMPARISONS[comparison](args, preset_config(args.preset))
+    torch.manual_seed(args.seed)
+    return COMPARISONS[comparison](args, common.config_of(args))
 
 
 def peak_alone(comparison: str, name: str, arguments: list[str]) -> int:
     """Bytes: the peak of a process that makes the input and runs this candidate once, or "nothing"."""
-    command = [sys.executable, __file__, *arguments, "--only", comparison, name]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command = [sys.executable, "-m", "research.benchmarks.attention_and_loss", *arguments, "--only", comparison, name]
+    done = subprocess.run(command, cwd=common.ROOT, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
 
 
 def compare(args, comparison: str, arguments: list[str]) -> dict[str, dict]:
@@ -230,7 +226,9 @@ def compare(args, comparison: str, arguments: list[str]) -> dict[str, dict]:
     times, peaks = {name: [] for name in available}, {}
     # One candidate's results at a time beside the reference's: all together would not leave the memory to measure.
     reference = next(iter(available.values()))()
-    differences = {name: relative_difference(zip(reference, run(), strict=True)) for name, run in available.items()}
+    differences = {
+        name: common.relative_difference(zip(reference, run(), strict=True)) for name, run in available.items()
+    }
     del reference
     for _ in range(args.warmup + args.repeats):
         for name, run in available.items():
@@ -264,16 +262,15 @@ def compare(args, comparison: str, arguments: list[str]) -> dict[str, dict]:
 
 
 def report(result: dict) -> str:
-    settings, where = result["settings"], result["environment"]
+    settings = result["settings"]
     lines = [
         f"{settings['preset']}, {settings['batch_size']} x {settings['sequence_length']} tokens, "
         f"{settings['precision']}",
-        f"{where['hardware']}; torch {where['torch']}, transformers {where['transformers']}; {where['date']}",
+        common.in_words(result["environment"]),
     ]
     for comparison, figures in result["comparisons"].items():
-        rows = [(comparison, "ms", "range", "peak MiB", "difference")]
+        rows = [(comparison, "ms", "range", "peak MiB", "difference", "/ reference")]
         reference = next(iter(figures.values()))["milliseconds"]
-        rows[0] += ("/ reference",)
         for name, one in figures.items():
             if "not available" in one:
                 continue
@@ -288,48 +285,38 @@ def report(result: dict) -> str:
                     f"{one['milliseconds'] / reference:.2f}",
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["", *("  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]) for r in rows)]
+        lines += ["", *common.aligned(rows)]
         lines += [
             f"{name}: not available here: {one['not available']}" for name, one in figures.items() if len(one) == 1
         ]
     return "\n".join(lines)
 
 
-def parse(arguments=None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--preset", choices=PRESETS, default="ltm-tiny-natural")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--precision", choices=TOLERANCES, default="float32", help="of all input; default float32")
-    parser.add_argument("--batch-size", type=at_least(1), default=4, help="sequences; default 4")
-    parser.add_argument("--sequence-length", type=at_least(2), help="tokens; default: the preset's maximum")
-    parser.add_argument("--threads", type=at_least(1), help="of the CPU; default: torch's. 1 where others compute too")
-    parser.add_argument("--repeats", type=at_least(1), default=7, help="default 7")
-    parser.add_argument("--warmup", type=at_least(1), default=2, help="repeats left out before; default 2")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the input; default 0")
-    parser.add_argument("--memory", action="store_true", help="on a CPU, peak memory too: a process for each candidate")
-    parser.add_argument("--only", nargs=2, metavar=("COMPARISON", "NAME"), help="run one and print the peak bytes")
-    parser.add_argument("--output", help="JSON file to write the same figures to")
-    args = parser.parse_args(arguments)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA device here.")
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        parser.error(f"--output: there is no folder {Path(args.output).parent}.")
-    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def parse():
+    options = common.parser("Attention within a window, and the vocabulary projection with its loss.")
+    common.add_preset(options, "ltm-tiny")
+    common.add_timing(options)
+    options.add_argument("--precision", choices=TOLERANCES, default="float32", help="of all input; default float32")
+    options.add_argument("--batch_size", type=cli.positive_int, default=4, help="sequences; default 4")
+    options.add_argument("--sequence_length", type=cli.block, help="tokens; default: the preset's maximum")
+    options.add_argument("--memory", action="store_true", help="on a CPU, peak memory too: a process a candidate")
+    options.add_argument("--only", nargs=2, metavar=("COMPARISON", "NAME"), help="run one and print the peak bytes")
+    args = options.parse_args()
     args.dtype = getattr(torch, args.precision)
-    args.length = args.sequence_length or preset_config(args.preset).max_position_embeddings
+    args.length = args.sequence_length or common.config_of(args).max_position_embeddings
     return args
 
 
+@cli.one_sentence()
 def main() -> None:
     args = parse()
+    common.begin(args)
     if args.only:
         comparison, name = args.only
         candidates = prepare(args, comparison)
         if name != "nothing":
             candidates[name]()
-        print(peak_of_this_process())
+        print(common.peak_of_this_process())
         return
     result = {
         "settings": {
@@ -341,12 +328,11 @@ def main() -> None:
             "repeats": args.repeats,
             "seed": args.seed,
         },
-        "environment": environment(args.device),
+        "environment": common.environment(args.device),
         "comparisons": {name: compare(args, name, sys.argv[1:]) for name in COMPARISONS},
     }
     print(report(result))
-    if args.output:
-        Path(args.output).write_text(json.dumps(result, indent=2) + "\n")
+    common.write(args, result)
     tolerance = TOLERANCES[args.precision]
     for comparison, figures in result["comparisons"].items():
         for name, one in figures.items():

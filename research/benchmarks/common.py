@@ -5,6 +5,7 @@ import json
 import platform
 import resource
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import torch
@@ -32,7 +33,17 @@ def add_timing(options: cli.Parser, repeats: int = 7) -> None:
 
 def add_preset(options: cli.Parser, default: str) -> None:
     options.add_argument("--preset", choices=PRESETS, default=default, help=f"default {default}")
-    options.add_argument("--config_overrides", type=json.loads, default={}, help="fields of LTMConfig as JSON")
+    options.add_argument("--config_overrides", type=_fields, default={}, help="fields of LTMConfig as JSON")
+
+
+def _fields(text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f"must be a JSON object of fields, got {text!r}")
+    return found
 
 
 def config_of(args) -> LTMConfig:
