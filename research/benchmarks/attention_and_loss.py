@@ -158,8 +158,9 @@ def loss_candidates(args, config, learns: bool) -> dict:
     def chunked(with_head=head):
         return mean_loss(head, states, targets) if learns else token_losses(with_head, states, targets).sum()
 
+    flat = states.flatten(0, 1), head.weight, targets.flatten()
+
     def torchs(**options):
-        flat = states.flatten(0, 1), head.weight, targets.flatten()
         return lambda: F.linear_cross_entropy(*flat, reduction=reduction, **options)
 
     candidates = {"all logits": gradients(all_logits), "chunked": gradients(chunked)}
@@ -180,13 +181,11 @@ def loss_candidates(args, config, learns: bool) -> dict:
     def liger():
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        flat = states.flatten(0, 1), head.weight, targets.flatten()
         return gradients(lambda: liger_fused_linear_cross_entropy(*flat, reduction=reduction))
 
     def cut():
         from cut_cross_entropy import linear_cross_entropy
 
-        flat = states.flatten(0, 1), head.weight, targets.flatten()
         return gradients(lambda: linear_cross_entropy(*flat, reduction=reduction))
 
     for name, make in (("liger_kernel", liger), ("cut_cross_entropy", cut)):

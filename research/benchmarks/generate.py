@@ -315,7 +315,7 @@ def parse():
     options.add_argument("--prompt_length", type=cli.block, default=64, help="tokens; default 64")
     options.add_argument("--new_tokens", type=number, default=64, help="default 64")
     options.add_argument("--mixed_batch_size", type=cli.block, default=8, help="of different lengths; default 8")
-    options.add_argument("--longest_prompt", type=number, default=256, help="of these, from 16 up; default 256")
+    options.add_argument("--longest_prompt", type=number, default=192, help="of these, from 16 up; default 192")
     options.add_argument("--continuations", type=cli.block, default=4, help="of one prompt; default 4")
     args = options.parse_args()
     inductor = "compiled" in args.caches and args.compile_backend == "inductor"
