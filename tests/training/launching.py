@@ -1,7 +1,4 @@
-"""A script in several processes, in each mode of examples/configs/, and on a machine without GPUs too.
-
-`test_distributed.py` compares by it.
-"""
+"""A script in several processes, in each mode of examples/configs/, and on a machine without GPUs too."""
 
 import os
 import socket
