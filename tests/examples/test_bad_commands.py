@@ -44,9 +44,8 @@ def places(chat_folder, make_model, tmp_path_factory):
     (root / "params.json").write_text('{"dim": 32}')
     torch.save([torch.zeros(2)], root / "list.pt")
     (root / "text.pt").write_text("hello")
-    (root / "list.yaml").write_text("a: [")
     return {path.stem: path for path in root.iterdir()} | {
-        "model": chat_folder, "docs": root / "docs.jsonl", "list": root / "list.pt", "yaml": root / "list.yaml",
+        "model": chat_folder, "docs": root / "docs.jsonl", "list": root / "list.pt",
         "nowhere": root / "nowhere", "text": root / "text.pt", "tiny": shlex.quote(TINY),
     }  # fmt: skip
 
@@ -144,8 +143,6 @@ CASES = {
     "generate {mine}": "cannot be read",
     "chat {nowhere}": "There is no folder",
     "serve {nowhere} --port 0": "There is no folder",
-    "study {nowhere}.yaml": "No such file or directory",
-    "study {yaml} --output_dir out": "while parsing",
     CONVERT + " {nowhere}.pt {params} out": "There is no file",
     CONVERT + " {text} {params} out": "cannot be read as tensors alone",
     CONVERT + " {list} {params} out": "is no dictionary of tensors",
