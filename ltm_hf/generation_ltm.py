@@ -289,8 +289,8 @@ class LTMGenerationMixin(GenerationMixin):
 
     def _start_memory(self, thoughts: "_Thoughts", input_ids, cache, kwargs) -> tuple[torch.Tensor, dict]:
         """Where the memory starts among kwargs, and what it may learn from."""
-        if input_ids is None:
-            raise ValueError("A memory learns from token ids: pass input_ids (inputs_embeds alone has none).")
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError("A memory learns from token ids: pass input_ids, and no inputs_embeds.")
         if kept_latents(cache):
             if thoughts.given is not None or thoughts.num_samples is not None:
                 raise ValueError("The cache holds a memory of its text: latents of another sort do not fit to it.")

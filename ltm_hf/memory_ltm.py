@@ -346,6 +346,7 @@ class Thought(NamedTuple):
     state: MemoryState | None
 
 
+@torch.inference_mode(False)  # in which errors could not be taken
 @torch.no_grad()
 def think(
     reader: MemoryReader,

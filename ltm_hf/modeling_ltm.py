@@ -421,7 +421,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         of_loss = {name: kwargs.pop(name) for name in names if name in kwargs}
         of_loss = {name: value for name, value in of_loss.items() if value is not None}
         targets = of_loss.pop("shift_labels", None)
-        scores = targets is not None or labels is not None
+        scores, shifts = targets is not None or labels is not None, targets is None and labels is not None
         if loss_reduction not in (None, "mean", "none") or (loss_reduction is not None and not scores):
             raise ValueError(
                 f"loss_reduction must be None or, with labels, 'mean' or 'none'; got {loss_reduction!r}"
@@ -449,7 +449,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             known = targets is not None and not torch.compiler.is_compiling()
             return outputs._replace(scored=Scored.of(targets.to(outputs.hidden_states.device)) if known else None)
         hidden_states, logits, loss = outputs.last_hidden_state, None, None
-        if targets is None and labels is not None and (loss_reduction is not None or memory is not None):
+        if shifts and (loss_reduction is not None or memory is not None):
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if memory is not None:
             lesson = Lesson.of(input_ids, attention_mask, targets, latent_writes)
@@ -474,7 +474,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **shifted, **of_loss
                 )
             logits = logits if loss_reduction is None else None
-        if loss_reduction == "none" and labels is not None:
+        if loss_reduction == "none" and shifts:
             loss = loss[:, :-1]
         return LTMCausalLMOutputWithPast(
             loss=loss,
