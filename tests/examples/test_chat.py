@@ -27,8 +27,13 @@ def talk(folder, *lines, options=("--greedy", "--max_new_tokens", "12")):
 
 
 @pytest.fixture
-def answer(chat_folder):
-    model, tokenizer = LTMForCausalLM.from_pretrained(chat_folder), AutoTokenizer.from_pretrained(chat_folder)
+def folder(chat_folders, reader):
+    return chat_folders[reader]
+
+
+@pytest.fixture
+def answer(folder):
+    model, tokenizer = LTMForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
     def to(*texts, steps, template=None):
         history = [{"role": ("user", "assistant")[i % 2], "content": text.strip()} for i, text in enumerate(texts)]
@@ -46,29 +51,31 @@ def home(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
 
 
-def test_conversation(chat_folder, answer):
+def test_conversation(folder, answer, reader):
     answers, beside = talk(
-        chat_folder, "hello", "Spain?", "/think 5", "people", "/think much", "/reset", "hello", "/quit", "ignored"
+        folder, "hello", "Spain?", "/think 3", "people", "/think much", "/reset", "hello", "/quit", "ignored"
     )
-    first = answer("hello", steps=2)
-    second = answer("hello", first, "Spain?", steps=2)
-    third = answer("hello", first, "Spain?", second, "people", steps=5)
-    assert answers == [first, second, third, answer("hello", steps=5)]
-    assert re.findall(r"step (\d)", beside) == [*"12", *"12", *"12345", *"12345"] and "ELBO -" in beside
+    first = answer("hello", steps=None)
+    second = answer("hello", first, "Spain?", steps=None)
+    third = answer("hello", first, "Spain?", second, "people", steps=3)
+    assert answers == [first, second, third, answer("hello", steps=3)]
+    own = {"memory": "1", "paper": "12"}[reader]  # steps of the model's own
+    assert re.findall(r"step (\d), -", beside) == [*own, *own, *"123", *"123"]
     assert "/think N, with N of 0 or more" in beside and "is forgotten" in beside
     assert "no chat template" not in beside
 
 
-def test_long_conversation_without_a_template(chat_folder, answer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("reader", ["memory"], indirect=True)
+def test_long_conversation_without_a_template(folder, answer, tmp_path, monkeypatch):
     """Turns go from the front; a message that does not fit by itself leaves the conversation as it was."""
-    folder = tmp_path / "plain"
-    folder.mkdir()
-    for file in chat_folder.iterdir():
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for file in folder.iterdir():
         if file.name != "chat_template.jinja":
-            (folder / file.name).symlink_to(file)
+            (plain / file.name).symlink_to(file)
     long = "the people of Spain, the people of the United States and the people of France, hello there"
     options = ("--greedy", "--max_new_tokens", "12", "--num_inference_steps", "1")
-    answers, beside = talk(folder, "hello", long, "hello " * 200, "yes", options=options)
+    answers, beside = talk(plain, "hello", long, "hello " * 200, "yes", options=options)
     monkeypatch.syspath_prepend(SCRIPT.parent)
     template = runpy.run_path(str(SCRIPT))["PLAIN"]
     first = answer("hello", steps=1, template=template)

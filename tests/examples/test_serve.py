@@ -7,7 +7,9 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPConnection
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -32,11 +34,13 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def expected(chat_folder):
-    """What generate() writes after the message, in a chat or as it is."""
-    model, tokenizer = LTMForCausalLM.from_pretrained(chat_folder), AutoTokenizer.from_pretrained(chat_folder)
+def writer():
+    """What generate() of the model in a folder writes after the message, in a chat or as it is."""
 
-    def write(steps=None, chat=True):
+    def writer(folder):
+        return partial(write, LTMForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder))
+
+    def write(model, tokenizer, steps=None, chat=True):
         messages = [{"role": "user", "content": MESSAGE}]
         options = dict(return_tensors="pt", return_dict=True)
         inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, **options)
@@ -44,7 +48,12 @@ def expected(chat_folder):
         output = model.generate(**inputs, num_inference_steps=steps, do_sample=False, max_new_tokens=12)
         return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
 
-    return write
+    return writer
+
+
+@pytest.fixture(scope="module")
+def expected(writer, chat_folder):
+    return writer(chat_folder)
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +61,8 @@ def serving(script, chat_folder):
     """A server with options, and its client, as long as the block."""
 
     @contextmanager
-    def serving(*options):
-        server = script.serve.Server(script.serve.parser().parse_args([str(chat_folder), "--port", "0", *options]))
+    def serving(*options, folder=chat_folder):
+        server = script.serving.Server(script.serving.parser().parse_args([str(folder), "--port", "0", *options]))
         with script.running(server) as client:
             yield server, client
 
@@ -86,15 +95,19 @@ def send(server, path, body=None, headers=None):
     return response.status, json.loads(answer) if answer.startswith(b"{") else answer
 
 
-@pytest.mark.parametrize("chat", [True, False], ids=["chat", "text"])
-@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-def test_answers_as_generate(script, client, chat_folder, expected, chat, stream):
-    texts = []
-    for settings in ({}, dict(num_inference_steps=0), dict(num_inference_steps=16)):
-        request = dict(chat=chat, stream=stream, max_tokens=12, **settings)
-        texts.append("".join(piece or "" for piece in script.ask(client, str(chat_folder), MESSAGE, **request)))
-        assert texts[-1] == expected(settings.get("num_inference_steps"), chat)
-    assert len(set(texts)) == 3
+def test_answers_as_generate(script, serving, writer, chat_folders, reader):
+    folder = chat_folders[reader]
+    expected = writer(folder)
+    with serving(folder=folder) as (_, client):
+        for chat, stream in product((True, False), (True, False)):
+            texts = set()
+            for steps in (None, 0, 3):
+                settings = {} if steps is None else dict(num_inference_steps=steps)
+                request = dict(chat=chat, stream=stream, max_tokens=12, **settings)
+                text = "".join(piece or "" for piece in script.ask(client, str(folder), MESSAGE, **request))
+                assert text == expected(steps, chat)
+                texts.add(text)
+            assert len(texts) == {"memory": 2, "paper": 3}[reader]  # thinking again changes no word of this memory
 
 
 def test_ordinary_request(client, chat_folder, expected):
@@ -147,8 +160,8 @@ BAD = {
     "negative steps": (
         TEXT | {"generation_config": '{"num_inference_steps": -1}'}, 400, "num_inference_steps must be an integer",
     ),
-    "an unknown optimizer": (
-        TEXT | {"generation_config": '{"inference_optimizer": "sgd"}'}, 400, "inference_optimizer must be one of",
+    "an unknown method": (
+        TEXT | {"generation_config": '{"inference_method": "sgd"}'}, 400, "inference_method ",
     ),
     "too many steps": (TEXT | {"generation_config": FOREVER}, 400, "100000000 inference steps are asked for"),
     "too much thinking again": (
