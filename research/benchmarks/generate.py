@@ -57,11 +57,12 @@ def build_models(args) -> dict[str, torch.nn.Module]:
     return {name: model.to(args.device).eval() for name, model in models.items()}
 
 
-def cache_settings(cache: str, args) -> dict:
+def cache_settings(cache: str, model, args) -> dict:
     if cache != "compiled":
         return {} if cache == "dynamic" else {"cache_implementation": cache}
     mode = "reduce-overhead" if args.device.type == "cuda" else None
-    compile_config = CompileConfig(fullgraph=True, mode=mode, backend=args.compile_backend)
+    whole = not getattr(model.config, "has_memory", False)  # what a memory does at each token is not compiled
+    compile_config = CompileConfig(fullgraph=whole, mode=mode, backend=args.compile_backend)
     compile_config._compile_all_devices = True  # transformers compiles on accelerators only, unless told
     return {"cache_implementation": "static", "compile_config": compile_config}
 
@@ -113,7 +114,7 @@ def measure_decoding(models, batch_size: int, args) -> tuple[dict, dict[str, boo
             thoughts = {"posterior": watch("inference", ltm.infer_posterior, ids)}
         for cache in args.caches:
             for name, model in models.items():
-                settings = WRITE | {"attention_mask": mask} | cache_settings(cache, args)
+                settings = WRITE | {"attention_mask": mask} | cache_settings(cache, model, args)
                 settings |= thoughts if model is ltm else {}
                 for tokens in (1, 1 + args.new_tokens):
                     texts[name, cache] = watch(

@@ -24,7 +24,6 @@ def benchmark(run):
     torch._dynamo.reset()
 
 
-# A memory does not go with caches that compile.
 @pytest.mark.parametrize(("reader", "caches"), [("paper", generate.CACHES), ("memory", ("dynamic",))])
 def test_benchmark(benchmark, tmp_path, reader, caches):
     output = tmp_path / "generate.json"
