@@ -428,7 +428,9 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
                 f"{'' if scores else ' without labels'}."
             )
         cache = the_cache(cache, past_key_values)
-        memory = None if _is_paged(cache) else kept_latents(cache).get("memory", latent_state)
+        memory = latent_state
+        if self.config.has_memory and not _is_paged(cache):
+            memory = kept_latents(cache).get("memory", latent_state)
         check_memory(self.config, memory, input_ids, latents, latent_state=latent_state, latent_noise=latent_noise,
                      latent_writes=latent_writes)  # fmt: skip
         outputs = self.model(

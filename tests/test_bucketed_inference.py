@@ -12,6 +12,7 @@ from ltm_hf.generation_ltm import buckets, infer_in_buckets
 generation = importlib.import_module("ltm_hf.generation_ltm")
 DEFAULT = generation._BUCKET
 GREEDY = dict(do_sample=False, max_new_tokens=4, min_new_tokens=4)
+TWICE = dict(num_inference_steps=2)  # a memory infers before it writes where it takes more than one step
 
 
 @pytest.fixture
@@ -78,9 +79,10 @@ def test_no_partition_has_less_padding():
 # ------------------------------------------------------------------ the posterior
 
 
-@pytest.mark.parametrize("settings", [{}, dict(inference_optimizer="adamw", inference_learning_rate=0.3)], ids=str)
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_the_posterior_of_the_padded_batch_and_of_each_alone(model, rows, pad_rows, calls, side, settings):
+@pytest.mark.parametrize("method", ["memory", "natural", "adamw"])
+def test_the_posterior_of_the_padded_batch_and_of_each_alone(make_model, rows, pad_rows, calls, side, method):
+    model = make_model(latent_reader="memory" if method == "memory" else "paper")
     if side == "both":
         left, right = (pad_rows(rows, one, fill=9) for one in ("left", "right"))
         batch, mask = (
@@ -88,7 +90,7 @@ def test_the_posterior_of_the_padded_batch_and_of_each_alone(model, rows, pad_ro
         )
     else:
         batch, mask = pad_rows(rows, side, fill=9)
-    settings = dict(num_inference_steps=3, seed=1, **settings)
+    settings = dict(num_inference_steps=3, seed=1, inference_method=None if method == "memory" else method)
     posterior = infer_in_buckets(model, batch, mask, **settings)
     padded = model.infer_posterior(batch, mask, **settings)
     for name in ("mean", "log_variance"):
@@ -126,18 +128,19 @@ def test_prompts_of_one_length_are_inferred_at_once(model, make_ids, pad_rows, c
     assert calls == 3 * [(3, 7)]
 
 
-def test_by_default_a_bucket_must_save_256_tokens(model, make_ids, pad_rows, calls, monkeypatch):
+def test_by_default_a_bucket_must_save_256_tokens(paper_model, make_ids, pad_rows, calls, monkeypatch):
     monkeypatch.setattr(generation, "_BUCKET", DEFAULT)
     for short, expected in ((4, [(5, 60)]), (5, [(5, 2), (1, 60)])):
         calls.clear()
         lengths = [60, *[2] * short]
         batch, mask = pad_rows([make_ids(1, length)[0] for length in lengths], "left", extra=0)
-        infer_in_buckets(model, batch, mask, num_inference_steps=1)
+        infer_in_buckets(paper_model, batch, mask, num_inference_steps=1)
         assert calls == expected
 
 
-def test_buckets_stop_by_themselves(model, rows, pad_rows, calls):
+def test_buckets_stop_by_themselves(paper_model, rows, pad_rows, calls):
     """Each row's posterior is its own whatever its bucket; a trace that ended early repeats its last value, or 0."""
+    model = paper_model
     batch, mask = pad_rows(rows, "left")
     settings = dict(num_inference_steps=24, inference_tolerance=0.1)
     posterior = infer_in_buckets(model, batch, mask, **settings)
@@ -153,8 +156,8 @@ def test_buckets_stop_by_themselves(model, rows, pad_rows, calls):
     close(posterior.elbo_trace[len(pair) :, [1, 4]], pair[-1:].expand(len(posterior.elbo_trace) - len(pair), 2), 1e-4)
 
 
-def test_failures_of_all_buckets_are_counted(make_model, rows, pad_rows, calls):
-    model = make_model(tie_word_embeddings=False)
+def test_failures_of_all_buckets_are_counted(make_model, reader, rows, pad_rows, calls):
+    model = make_model(latent_reader=reader, tie_word_embeddings=False)
     with torch.no_grad():
         model.get_input_embeddings().weight[60] = float("nan")
     rows = [row.clamp(max=59) for row in rows]
@@ -191,12 +194,12 @@ def test_generate(model, rows, pad_rows, calls, context):
     rows = [row for row in rows if len(row)]
     batch, mask = pad_rows(rows, "left")
     with context():
-        result = model.generate(batch + 0, attention_mask=mask + 0, return_dict_in_generate=True, **GREEDY)
+        result = model.generate(batch + 0, attention_mask=mask + 0, return_dict_in_generate=True, **TWICE, **GREEDY)
     assert len(calls) == 3
-    close(result.posterior.mean, model.infer_posterior(batch, mask).mean)
+    close(result.posterior.mean, model.infer_posterior(batch, mask, **TWICE).mean, 1e-4)
     assert not result.posterior.mean.is_inference()
     for row, text in zip(rows, result.sequences[:, -4:], strict=True):
-        alone = model.generate(row[None], **GREEDY)
+        alone = model.generate(row[None], **TWICE, **GREEDY)
         assert torch.equal(alone[0, len(row) :], text)
 
 
@@ -211,10 +214,11 @@ def test_a_callback_sees_the_whole_batch(model, rows, pad_rows, calls):
     assert seen == [(0, 8, 8), (1, 8, 8)] and calls == [(8, 20)]
 
 
-def test_thinking_again_in_buckets(model, make_ids, pad_rows, calls):
+def test_thinking_again_in_buckets(paper_model, make_ids, pad_rows, calls):
     """All the text so far is inferred from: prompts of 12 and 3 tokens, then 14 and 5."""
     rows = [make_ids(1, 12)[0], make_ids(1, 3)[0]]
     batch, mask = pad_rows(rows, "left", extra=0)
+    model = paper_model
     texts = model.generate(batch, attention_mask=mask, reinfer_every=2, **GREEDY)
     assert calls == [(1, 3), (1, 12), (1, 5), (1, 14)]
     for row, text in zip(rows, texts[:, -4:], strict=True):

@@ -3,6 +3,7 @@
 The backends "eager" and "aot_eager" need no C++ compiler.
 """
 
+import functools
 import io
 import shutil
 
@@ -13,6 +14,7 @@ from torch.export import Dim
 from transformers import CompileConfig
 
 from ltm_hf import infer_posterior
+from ltm_hf.memory_ltm import prior_state
 
 GREEDY = dict(do_sample=False, max_new_tokens=8, min_new_tokens=8)
 
@@ -32,9 +34,22 @@ def fresh_compiler():
     counters.clear()
 
 
+ONE_LAYER = dict(num_hidden_layers=1, num_latents=2)  # a graph takes a second a layer
+
+
 @pytest.fixture
-def latents(make_noise):
-    return make_noise(3, 2, 2, 32)
+def make_model(make_model):
+    return functools.partial(make_model, **ONE_LAYER)
+
+
+@pytest.fixture
+def latents(model):
+    return model.sample_prior(3, seed=0)
+
+
+@pytest.fixture
+def make_paper(make_model):
+    return functools.partial(make_model, latent_reader="paper")
 
 
 @pytest.fixture
@@ -55,15 +70,16 @@ def no_more_graphs():
 # ------------------------------------------------------------------ forward
 
 
-@pytest.mark.parametrize("given", ["nothing", "latents", "keys and values", "mask and labels"])
+@pytest.mark.parametrize("given", ["nothing", "latents", "mask and labels", "keys and values"])
 @torch.no_grad()
-def test_forward(model, ids, latents, mask, given):
-    inputs = {
-        "nothing": {},
-        "latents": dict(latents=latents),
-        "keys and values": dict(latent_key_values=model.project_latents(latents)),
-        "mask and labels": dict(latents=latents, attention_mask=mask, labels=ids.clone(), use_cache=False),
-    }[given]
+def test_forward(model, reader, ids, latents, mask, given):
+    inputs = {} if given == "nothing" else dict(latents=latents)
+    if given == "mask and labels":
+        inputs |= dict(attention_mask=mask, labels=ids.clone(), use_cache=False)
+    elif given == "keys and values":
+        if reader == "memory":
+            pytest.skip("A memory's latents have none.")
+        inputs = dict(latent_key_values=model.project_latents(latents))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for tokens in (ids, ids.flip(0)):
         actual, expected = compiled(tokens, **inputs), model(tokens, **inputs)
@@ -73,14 +89,15 @@ def test_forward(model, ids, latents, mask, given):
     assert num_graphs() == 1
 
 
-def test_training_step(make_model, ids, latents):
+def test_training_step(make_model, reader, ids, latents):
+    """With latents that are given; that of a memory is in `test_memory_model.py`."""
     results = []
     for compiled in (False, True):
-        model = make_model().train()
+        model = make_model(latent_reader=reader).train()
         step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
         loss = step(ids, latents=latents, labels=ids, use_cache=False).loss
         loss.backward()
-        results.append((loss, [parameter.grad for parameter in model.parameters()]))
+        results.append((loss, [parameter.grad for parameter in model.parameters() if parameter.grad is not None]))
     (loss, gradients), (compiled_loss, compiled_gradients) = results
     close(compiled_loss, loss)
     for actual, expected in zip(compiled_gradients, gradients, strict=True):
@@ -105,50 +122,69 @@ def compile_wrapper(model):
 
 
 @pytest.mark.parametrize("compiled", [compile_module, compile_forward, compile_wrapper])
-def test_inference_compiles_once(make_model, make_ids, compiled):
-    """One graph for all fast steps of all batches, one for the slow step, though the fast loop freezes the decoder."""
-    model, plain = compiled(make_model(attention_dropout=0.1).train()), make_model()
+def test_inference_compiles_once(make_paper, make_ids, compiled):
+    """A graph for what no latent changes, one for all fast steps of all batches, and one for the slow step.
+
+    Though the fast loop freezes the decoder.
+    """
+    model, plain = compiled(make_paper(attention_dropout=0.1).train()), make_paper()
     for seed in range(3):
         ids = make_ids(seed=seed)
         posterior = infer_posterior(model, ids, num_inference_steps=5)
         # A compiled head takes all tokens at once, another the scored ones: sums in another order.
         same_posterior(posterior, plain.infer_posterior(ids, num_inference_steps=5), 1e-4)
-        assert num_graphs() == (2 if seed else 1)
+        assert num_graphs() == (3 if seed else 2)
         model(ids, latents=posterior.mean, labels=ids.clone(), use_cache=False).loss.backward()
-        assert num_graphs() == 2
+        assert num_graphs() == 3
 
 
-def test_gradient_of_a_compiled_decoder(make_model, ids, mask):
-    """The joint graph of forward and backward, with padding, by both optimisers."""
-    model = make_model()
+def test_gradient_of_a_compiled_decoder(make_paper, ids, mask):
+    """The joint graph of forward and backward, with padding, by two methods."""
+    model = make_paper()
     model.compile(fullgraph=True, backend="aot_eager")
-    for settings in (
-        dict(inference_optimizer="natural"),
-        dict(inference_optimizer="adamw", inference_learning_rate=0.3),
-    ):
+    for method in ("natural", "adamw"):
         same_posterior(
-            model.infer_posterior(ids, mask, **settings), make_model().infer_posterior(ids, mask, **settings)
+            model.infer_posterior(ids, mask, inference_method=method),
+            make_paper().infer_posterior(ids, mask, inference_method=method),
         )
-    assert num_graphs() == 1
+    assert num_graphs() == 2
 
 
-def test_lengths_share_a_graph(make_model, make_ids):
-    model = make_model()
+def test_lengths_share_a_graph(make_paper, make_ids):
+    model = make_paper()
     model.compile(fullgraph=True, backend="eager")
     for length in (12, 9):
         model.infer_posterior(make_ids(length=length))
     with no_more_graphs():
         for length in (7, 20):
             ids = make_ids(length=length)
-            same_posterior(model.infer_posterior(ids), make_model().infer_posterior(ids))
+            same_posterior(model.infer_posterior(ids), make_paper().infer_posterior(ids))
+
+
+def test_a_memory_compiles_no_more_than_its_layers(make_model, make_ids):
+    """Reading a text, refining, learning and writing: no graph for each batch, length or chunk."""
+    model, plain = make_model(), make_model()
+    model.compile(backend="eager")
+
+    def use(one, ids):
+        loss = one(ids, labels=ids, latent_state=prior_state(one.config, 3), loss_reduction="mean").loss
+        return one.infer_posterior(ids, num_inference_steps=2), one.generate(ids, **GREEDY), loss
+
+    for length in (12, 9):
+        use(model, make_ids(length=length))
+    with no_more_graphs():
+        ids = make_ids(length=20)
+        (posterior, text, loss), (expected, expected_text, expected_loss) = use(model, ids), use(plain, ids)
+    same_posterior(posterior, expected, 1e-4)
+    assert torch.equal(text, expected_text)
+    close(loss, expected_loss)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor(make_model, ids):
-    overrides = dict(num_hidden_layers=1, num_latents=2)
-    model = make_model(**overrides)
+def test_inductor(make_paper, ids):
+    model = make_paper()
     model.compile(fullgraph=True)
-    same_posterior(model.infer_posterior(ids), make_model(**overrides).infer_posterior(ids), 1e-4)
+    same_posterior(model.infer_posterior(ids), make_paper().infer_posterior(ids), 1e-4)
 
 
 # ------------------------------------------------------------------ decoding
@@ -160,7 +196,11 @@ def compiled_decoding(backend="eager"):
     return dict(cache_implementation="static", compile_config=config, **GREEDY)
 
 
-@pytest.mark.parametrize("overrides", [{}, dict(sliding_window=None), dict(num_latents=0)], ids=str)
+@pytest.mark.parametrize(
+    "overrides",
+    [dict(latent_reader="paper"), dict(latent_reader="paper", sliding_window=None), dict(num_latents=0)],
+    ids=str,
+)
 def test_generate_with_a_compiled_static_cache(make_model, make_ids, pad_rows, overrides):
     model, plain = make_model(**overrides), make_model(**overrides)
     rows = [make_ids(1, length, seed=length)[0] for length in (5, 7)]
@@ -173,9 +213,17 @@ def test_generate_with_a_compiled_static_cache(make_model, make_ids, pad_rows, o
         assert torch.equal(model.generate(batch, **compiled_decoding()), plain.generate(batch, **GREEDY))
 
 
-def test_generate_with_a_compiled_model(make_model, ids):
+def test_a_memory_with_a_compiled_static_cache(make_model, ids):
+    """Its layers are compiled, and it runs as it is."""
+    model, settings = make_model(), compiled_decoding()
+    settings["compile_config"].fullgraph = False
+    assert torch.equal(model.generate(ids, **settings), make_model().generate(ids, **GREEDY))
+    assert hasattr(model, "_compiled_call") and 0 < num_graphs() < GREEDY["max_new_tokens"] - 1
+
+
+def test_generate_with_a_compiled_model(make_paper, ids):
     """Prefill, decoding and inference of the latents all go through the compiled module, in inference mode too."""
-    model, expected = make_model(), make_model().generate(ids, **GREEDY)
+    model, expected = make_paper(), make_paper().generate(ids, **GREEDY)
     model.compile(fullgraph=True, backend="eager")
     with torch.inference_mode():
         assert torch.equal(model.generate(ids + 0, cache_implementation="static", **GREEDY), expected)
@@ -186,11 +234,14 @@ def test_generate_with_a_compiled_model(make_model, ids):
 # ------------------------------------------------------------------ export
 
 
-@pytest.mark.parametrize("given", ["latents", "latent_key_values"])
+@pytest.mark.parametrize("case", ["memory", "paper", "paper, projected"])
 @torch.no_grad()
-def test_export(model, ids, latents, mask, make_ids, given):
+def test_export(make_model, ids, mask, make_ids, case):
     """Latents are an input, batch and length are free; saved and loaded."""
-    thoughts = {"latents": latents, "latent_key_values": model.project_latents(latents)}[given]
+    model = make_model(latent_reader=case.split(",")[0])
+    given, thoughts = "latents", model.sample_prior(3, seed=0)
+    if case == "paper, projected":
+        given, thoughts = "latent_key_values", model.project_latents(thoughts)
     inputs = {"input_ids": ids, "attention_mask": mask, given: thoughts}
     free = {name: {0: Dim.DYNAMIC} if name == given else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
     program = torch.export.export(model, (), inputs | dict(use_cache=False), dynamic_shapes=free | dict(use_cache=None))
@@ -218,8 +269,8 @@ def test_gradient_of_an_exported_decoder(model, ids, latents):
 
 
 @pytest.fixture
-def flex_model(make_model):
-    model = make_model()
+def flex_model(make_model, reader):
+    model = make_model(latent_reader=reader)
     model.set_attn_implementation("flex_attention")
     with torch.compiler.set_stance("force_eager"):  # transformers compiles flex_attention itself
         yield model
@@ -233,8 +284,10 @@ def test_flex_attention_is_sdpa(flex_model, model, ids, latents, mask):
 
 
 def test_flex_attention_has_no_backward_on_the_cpu(flex_model, model, ids):
-    """The fast loop takes sdpa there, and gives flex_attention back, after an error too."""
-    same_posterior(flex_model.infer_posterior(ids), model.infer_posterior(ids))
+    """Inference takes sdpa there, and gives flex_attention back, after an error too."""
+    same_posterior(
+        flex_model.infer_posterior(ids, num_inference_steps=2), model.infer_posterior(ids, num_inference_steps=2), 1e-4
+    )
     assert flex_model.config._attn_implementation == "flex_attention"
 
     def stop(*step):
