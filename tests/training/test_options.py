@@ -144,7 +144,7 @@ def test_rows_that_hold_several_texts_are_refused(make_trainer):
         ({"infer_from": "completion"}, "infer_from must be one of labels, text, prompt"),
         ({"gather_during_inference": "once"}, "gather_during_inference must be one of auto, always, never"),
         ({"num_inference_steps": -1}, "num_inference_steps must be 0 or more"),
-        ({"inference_learning_rate_end": 0.0}, "inference_learning_rate_end must be positive"),
+        ({"inference_learning_rate_end": 0.0}, "inference_learning_rate_end must be above 0 and finite, got 0.0"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
     ],
 )
