@@ -64,7 +64,7 @@ def test_windows_and_blocks(pair, make_ids, block, calls, size, window):
     banded, whole = pair(sliding_window=window)
     block(size)
     ids = make_ids(2, LENGTH)
-    close(banded(ids).logits, whole(ids).logits, rtol=1e-5, atol=1e-5)
+    close(banded(ids).logits, whole(ids).logits, rtol=1e-4, atol=3e-5)
     blocks = [(q, k) for q, k in calls if k <= LENGTH and q <= size]
     assert len(blocks) == 2 * -(-LENGTH // size) and max(k for _, k in blocks) <= min(LENGTH, window + 2 * size - 2)
 

@@ -74,6 +74,8 @@ def test_the_first_figures_too_come_from_the_device(make_tester, tmp_path):
 
         def train(self, checkpoint): ...
 
+        def save_model(self): ...
+
     train, devices = runpy.run_path(str(EXAMPLES / "pretrain.py"))["train"], []
     train.__globals__["LTMTrainer"] = Trainer
     train.__globals__["evaluate_likelihood"] = lambda model, *args, **kwargs: devices.append(model.device)
