@@ -6,10 +6,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_ltm import LTMConfig
 from .conversion.backbone import from_pretrained_backbone
+from .decoder_ltm import LTMModel
 from .inference_ltm import infer_posterior
 from .likelihood_ltm import ELBO, elbo
 from .methods_ltm import InferenceMethod, register_inference_method
-from .modeling_ltm import LTMForCausalLM, LTMModel
+from .modeling_ltm import LTMForCausalLM
 from .posterior_ltm import LatentPosterior, sample_prior
 from .presets import PRESETS, preset_config
 

@@ -279,7 +279,7 @@ class LTMConfig(PreTrainedConfig):
             "auto_map",
             {
                 "AutoConfig": "configuration_ltm.LTMConfig",
-                "AutoModel": "modeling_ltm.LTMModel",
+                "AutoModel": "decoder_ltm.LTMModel",
                 "AutoModelForCausalLM": "modeling_ltm.LTMForCausalLM",
             },
         )

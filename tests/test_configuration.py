@@ -143,7 +143,7 @@ def test_saved_folder_names_the_code_of_all_three_classes(tmp_path):
     LTMConfig().save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_ltm.LTMConfig",
-        "AutoModel": "modeling_ltm.LTMModel",
+        "AutoModel": "decoder_ltm.LTMModel",
         "AutoModelForCausalLM": "modeling_ltm.LTMForCausalLM",
     }
 

@@ -22,6 +22,7 @@ CODE = [
     "attention_ltm.py",
     "cache_ltm.py",
     "configuration_ltm.py",
+    "decoder_ltm.py",
     "encoder_ltm.py",
     "generation_ltm.py",
     "layers_ltm.py",
@@ -31,7 +32,7 @@ CODE = [
 ]
 AUTO_MAP = {
     "AutoConfig": "configuration_ltm.LTMConfig",
-    "AutoModel": "modeling_ltm.LTMModel",
+    "AutoModel": "decoder_ltm.LTMModel",
     "AutoModelForCausalLM": "modeling_ltm.LTMForCausalLM",
 }
 
@@ -186,7 +187,7 @@ def test_push(hub, owner):
 
 
 def test_the_package_itself_loads_without_remote_code(owner):
-    assert owner["modules"] == ["ltm_hf.configuration_ltm", "ltm_hf.modeling_ltm", "ltm_hf.modeling_ltm"]
+    assert owner["modules"] == ["ltm_hf.configuration_ltm", "ltm_hf.decoder_ltm", "ltm_hf.modeling_ltm"]
     assert owner["texts_loaded"] == owner["texts"]
 
 

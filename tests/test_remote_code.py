@@ -15,6 +15,7 @@ FILES = [
     "attention_ltm.py",
     "cache_ltm.py",
     "configuration_ltm.py",
+    "decoder_ltm.py",
     "encoder_ltm.py",
     "generation_ltm.py",
     "layers_ltm.py",

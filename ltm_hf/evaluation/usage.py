@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from ..data.numbers import check_at_least
+from ..layers_ltm import check_latents
 from ..likelihood_ltm import check_sequences
 from ..methods_ltm import method_of
-from ..modeling_ltm import check_latents
 from ..posterior_ltm import LatentPosterior, kl_terms
 from .figures import evaluating, figure, markdown_rows, over_blocks, written
 from .representations import batches, check_blocks, infer_posteriors, readers, settings_of
