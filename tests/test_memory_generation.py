@@ -83,6 +83,15 @@ def test_rows_alone_in_a_batch_and_padded(model, prompts, pad_rows, side, kwargs
         assert torch.equal(model.generate(row[None], **GREEDY, **kwargs)[0, len(row) :], text)
 
 
+def test_padded_prompts_in_bfloat16(model, prompts, pad_rows):
+    """The padded prompt is begun where another row writes already."""
+    model.to(torch.bfloat16)
+    batch, mask = pad_rows([prompts[0], prompts[2, :1]], "left", extra=2)
+    settings = dict(prefill_chunk_size=2, num_inference_steps=2, **GREEDY)
+    text = model.generate(batch, attention_mask=mask, **settings)[0, batch.shape[1] :]
+    assert torch.equal(model.generate(prompts[:1], **settings)[0, len(prompts[0]) :], text)
+
+
 def test_text_of_any_length_in_constant_memory(make_model, prompts):
     """Beyond the window many times over, and beyond all positions."""
     model = make_model(max_position_embeddings=16)
