@@ -243,26 +243,7 @@ class LTMConfig(PreTrainedConfig):
         for name, value in self._derived().items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})."
-            )
-        if self.head_dim is None:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of "
-                f"num_attention_heads ({self.num_attention_heads}), or head_dim must be given."
-            )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
-        if self.sliding_window is not None and self.sliding_window < 2:  # transformers' cache cannot hold a window of 1
-            raise ValueError(
-                f"sliding_window must be 2 or more, or None for full attention, got {self.sliding_window}."
-            )
-        if self.self_attention not in SELF_ATTENTIONS:
-            raise ValueError(
-                f"self_attention must be one of {', '.join(SELF_ATTENTIONS)}; got {self.self_attention!r}."
-            )
+        self._check_attention()
         self._check_latents()
         InferenceSettings.of(self)  # raises where a setting cannot work
         # Rules for modules that this model lacks would be warned of at each parallel load.
@@ -289,6 +270,28 @@ class LTMConfig(PreTrainedConfig):
             known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
             raise ValueError(f"rope_type must be one of {known}; got {kind!r}.")
         positive_number("rope_theta", theta)
+
+    def _check_attention(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})."
+            )
+        if self.head_dim is None:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of "
+                f"num_attention_heads ({self.num_attention_heads}), or head_dim must be given."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}.")
+        if self.sliding_window is not None and self.sliding_window < 2:  # transformers' cache cannot hold a window of 1
+            raise ValueError(
+                f"sliding_window must be 2 or more, or None for full attention, got {self.sliding_window}."
+            )
+        if self.self_attention not in SELF_ATTENTIONS:
+            raise ValueError(
+                f"self_attention must be one of {', '.join(SELF_ATTENTIONS)}; got {self.self_attention!r}."
+            )
 
     def _check_latents(self):
         if self.latent_reader not in READERS:

@@ -203,27 +203,21 @@ class LTMGenerationMixin(GenerationMixin):
         writing. Raises ValueError for bad input before any computation, for `inputs_embeds` alone, which has no token
         ids to infer latents from, and for a cache that was filled without latents.
         """
-        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
-            raise ValueError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}.")
         settings = self._pop_inference_settings(generation_config, kwargs)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         cache = the_cache(cache, past_key_values)
         if cache is not None:
             kwargs[CACHE] = cache
         if not self.config.num_latents:
-            if latents is not None or posterior is not None or num_latent_samples is not None:
+            if any(x is not None for x in (latents, posterior, num_latent_samples)):
                 raise ValueError("This model was built with num_latents=0 and takes no latents.")
             if input_ids is not None:
                 self._check_prompts(input_ids)
             return self._output(super().generate(input_ids, generation_config, *args, **kwargs))
 
-        if latents is not None and (posterior is not None or num_latent_samples is not None):
-            raise ValueError("latents are given: posterior and num_latent_samples have nothing to say beside them.")
-        if num_latent_samples is not None:
-            num_latent_samples = whole_number("num_latent_samples", num_latent_samples, least=1)
         if settings.reinfer_every is not None:
             self._check_reinference(generation_config, kwargs)
-        self._check_given(latents, posterior)
+        num_latent_samples = self._check_given(latents, posterior, num_latent_samples)
         check_filled_with_latents(cache)
         input_ids = self._prompts(input_ids, latents, posterior, generation_config, kwargs)
         thoughts = _Thoughts(latents, posterior, num_latent_samples, inference_callback, settings)
@@ -348,11 +342,16 @@ class LTMGenerationMixin(GenerationMixin):
                 f"{tuple(input_ids.shape)}: to write without a prompt, leave them out."
             )
 
-    def _check_given(self, latents, posterior) -> None:
+    def _check_given(self, latents, posterior, num_latent_samples) -> int | None:
+        """How many samples of thoughts, checked with the others."""
+        if latents is not None and (posterior is not None or num_latent_samples is not None):
+            raise ValueError("latents are given: posterior and num_latent_samples have nothing to say beside them.")
         if posterior is not None:
             check_posterior(posterior)
         if latents is not None and not (torch.is_tensor(latents) and latents.isfinite().all()):
             raise ValueError("latents must be a tensor of finite numbers.")
+        if num_latent_samples is not None:
+            return whole_number("num_latent_samples", num_latent_samples, least=1)
 
     @staticmethod
     def _output(output, posterior=None):
@@ -455,6 +454,8 @@ class LTMGenerationMixin(GenerationMixin):
 
     def _pop_inference_settings(self, generation_config, kwargs) -> "_Asked":
         """What this call asks for, out of `kwargs`, checked."""
+        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+            raise ValueError(f"generation_config must be a GenerationConfig, got {type(generation_config).__name__}.")
         asked = {name: self._setting(generation_config, kwargs, name) for name in _SETTINGS}
         for name in _SETTINGS:
             kwargs.pop(name, None)

@@ -249,8 +249,6 @@ def infer_posterior(
     prior; one whose objective turns non-finite keeps its best finite posterior, and a warning counts them.
     Raises ValueError for bad input before any computation.
     """
-    if not model.config.num_latents:
-        raise ValueError("This model was built with num_latents=0: it has no latents to infer.")
     settings = InferenceSettings.of(
         model.config,
         num_inference_steps=num_inference_steps,
@@ -276,12 +274,16 @@ def infer_posterior(
         if decoder.config.has_memory:
             return _remembered(decoder, text, settings, initial_posterior, callback)
         fit = _Fit(decoder, text, settings, seed, initial_posterior, epsilon, callback)
-        for step in range(0 if _on_all_processes(together, fit.done) else fit.num_steps):
-            fit.step(step)
-            if fit.early_stop is not None and _on_all_processes(together, fit.early_stop.stopped.all()):
-                break
-        posterior = fit.posterior()
-    return _counted(posterior)
+        return _counted(_fitted(fit, together))
+
+
+def _fitted(fit: "_Fit", together: bool) -> LatentPosterior:
+    """The posterior after the fast loop, which ends early where all sequences of all processes have stopped."""
+    for step in range(0 if _on_all_processes(together, fit.done) else fit.num_steps):
+        fit.step(step)
+        if fit.early_stop is not None and _on_all_processes(together, fit.early_stop.stopped.all()):
+            break
+    return fit.posterior()
 
 
 def _counted(posterior: LatentPosterior) -> LatentPosterior:
@@ -294,6 +296,8 @@ def _counted(posterior: LatentPosterior) -> LatentPosterior:
 
 
 def _check(config, settings: InferenceSettings, text: Text, initial_posterior, epsilon) -> None:
+    if not config.num_latents:
+        raise ValueError("This model was built with num_latents=0: it has no latents to infer.")
     method, shape = method_of(settings), (len(text.input_ids), *config.latent_shape)
     if config.has_memory and epsilon is not None:
         raise ValueError("epsilon is noise for steps of inference, and a memory infers without any.")

@@ -175,19 +175,16 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             asked = asked.shifted()
             lesson = Lesson.of(input_ids, attention_mask, asked.targets, latent_writes)
             asked = asked.among(lesson.scored)
-            given = (lesson, latent_noise, getattr(outputs, CACHE), asked.num_items, asked.directly)
-            hidden_states, loss = self._remember(hidden_states, memory, *given)
+            given = (memory, lesson, latent_noise, getattr(outputs, CACHE), asked.num_items, asked.directly)
+            hidden_states, loss = self._remember(hidden_states, *given)
         if loss is None:
             loss, logits = self._score(hidden_states, asked, state and state.scored, logits_to_keep)
         elif asked.reduction == "none" and asked.shifts:
             loss = loss[:, :-1]
         passed_on = ("hidden_states", "attentions", "cross_attentions", CACHE)
-        return LTMCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            latents=None if latents is None else latents.detach(),
-            **{name: getattr(outputs, name) for name in passed_on},
-        )
+        passed_on = {name: getattr(outputs, name) for name in passed_on}
+        read = None if latents is None else latents.detach()
+        return LTMCausalLMOutputWithPast(loss=loss, logits=logits, latents=read, **passed_on)
 
     def _memory_before(self, cache, input_ids, latents, latent_state, **given):
         """Where a memory starts: in the cache, or as a call says; None without one."""

@@ -324,9 +324,7 @@ def plan(
         per_device_batch_size = _largest_fitting(share, memory, gpu)
     _check_counts(per_device_batch_size=per_device_batch_size)
     if share % per_device_batch_size:
-        raise ValueError(
-            f"per_device_batch_size ({per_device_batch_size}) must divide the {share} sequences of each GPU."
-        )
+        raise ValueError(f"per_device_batch_size ({per_device_batch_size}) must divide a GPU's {share} sequences.")
     num_steps = math.ceil(tokens / (global_batch_size * length))
     read = num_steps * global_batch_size * length
     flops = float(read * paper_training_flops(config, length))

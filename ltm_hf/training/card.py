@@ -61,13 +61,11 @@ def write_model_card(
     if not name:
         raise ValueError("name must not be empty: it is the card's title, and what the model is loaded by.")
     config = model.config
-    tags = [tags] if isinstance(tags, str) else tags
     names = dataset_name if isinstance(dataset_name, list) else [dataset_name] if dataset_name else []
     dataset_name = ", ".join(_public(name) for name in names) or None
     if isinstance(likelihood, Likelihood):
         likelihood = {dataset_name or "unknown data": likelihood}
     honest, released = _apart(likelihood or {})
-    results = _results(honest)
     on_hub = _is_on_hub(dataset_name)
     base_model = base_model if _is_on_hub(base_model) else None
     metadata = ModelCardData(
@@ -75,21 +73,14 @@ def write_model_card(
         language=language,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["ltm", "custom_code", *(tags or [])],
+        tags=["ltm", "custom_code", *([tags] if isinstance(tags, str) else tags or [])],
         base_model=base_model,
         datasets=[dataset_name] if on_hub else None,
-        metrics=["perplexity"] if results else None,
-        model_name=_public(name) if results else None,
-        eval_results=results or None,
+        **_measured(honest, name),
     )
-    training = {
-        "data": f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if on_hub else dataset_name,
-        "license of the data": dataset_license,
-        "optimiser steps": _count(num_training_steps),
-        "tokens": _count(num_training_tokens),
-        "tokens of a sequence": _count(block_size),
-        "hardware": hardware,
-    } | ({"started from": base_model} if base_model else {})
+    training = _training(
+        dataset_name, on_hub, dataset_license, num_training_steps, num_training_tokens, block_size, hardware, base_model
+    )
     sequence_length = block_size or config.max_position_embeddings
     card = ModelCard.from_template(
         metadata,
@@ -127,6 +118,12 @@ def add_to_model_index(folder: str | Path, likelihood: dict[str, Likelihood]) ->
 
 
 # ---------------------------------------------------------------- figures
+
+
+def _measured(honest: dict[str, Likelihood], name: str) -> dict:
+    """What the metadata says of figures, where there are some."""
+    results = _results(honest)
+    return dict(metrics=["perplexity"], model_name=_public(name), eval_results=results) if results else {}
 
 
 def _results(honest: dict[str, Likelihood]) -> list[EvalResult]:
@@ -200,6 +197,20 @@ def _inference(config) -> dict[str, object]:
     names = ("num_inference_steps", "inference_kl_weight") if config.has_memory else method.settings
     known = {name: settings[name] for name in ("inference_method", *names)}
     return {f"`{name}`": value for name, value in known.items() if value is not None}
+
+
+def _training(
+    dataset_name, on_hub, dataset_license, num_steps, num_tokens, block_size, hardware, base_model
+) -> dict[str, str | None]:
+    facts = {
+        "data": f"[{dataset_name}](https://huggingface.co/datasets/{dataset_name})" if on_hub else dataset_name,
+        "license of the data": dataset_license,
+        "optimiser steps": _count(num_steps),
+        "tokens": _count(num_tokens),
+        "tokens of a sequence": _count(block_size),
+        "hardware": hardware,
+    }
+    return facts | ({"started from": base_model} if base_model else {})
 
 
 def _recipe(config, arguments) -> dict[str, str]:
