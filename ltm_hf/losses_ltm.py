@@ -196,25 +196,6 @@ class _LearningHeadLoss(torch.autograd.Function):
         return state_gradient, None, weight_gradient, None
 
 
-class Gathered:
-    """A module whose weights FSDP2 has gathered: called without its hooks, which know of one forward and one backward.
-
-    All processes make one together. The module's next call of its own lets the weights go again.
-    """
-
-    def __init__(self, module: nn.Module):
-        module.unshard()
-        self.module, self.weight = module, next(module.parameters())
-        self.out_features = getattr(module, "out_features", None)
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        return self.module.forward(states.to(self.weight.dtype))
-
-    @classmethod
-    def if_sharded(cls, module: nn.Module):
-        return cls(module) if hasattr(module, "unshard") else module
-
-
 class HeadPass:
     """Nats of tokens and their gradients, a chunk after the other, from one pass over the logits of each.
 

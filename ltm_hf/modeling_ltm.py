@@ -4,6 +4,7 @@ Shapes: B batch, S tokens, L layers, N latents a layer, D hidden, H attention he
 """
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,9 +23,10 @@ from .encoder_ltm import LTMEncoder
 from .generation_ltm import LTMGenerationMixin
 from .inference_ltm import infer_posterior
 from .likelihood_ltm import elbo
-from .losses_ltm import IGNORED, Gathered, HeadPass, KnownLoss, Scored, mean_loss, token_losses
+from .losses_ltm import IGNORED, HeadPass, KnownLoss, Scored, mean_loss, token_losses
 from .memory_ltm import Lesson, check_memory, relive, think
 from .posterior_ltm import sample_prior
+from .sharded_ltm import gathered_once
 
 
 @dataclass
@@ -213,8 +215,18 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             loss = self.loss_function(logits=logits, **of_loss)
         return loss, logits if asked.reduction is None else None
 
-    def _reader_to_head(self):
-        return self.model.reader, Gathered.if_sharded(self.model.norm), HeadPass(Gathered.if_sharded(self.lm_head))
+    @contextmanager
+    def _reader_to_head(self, hidden_states):
+        """What a memory calls for each chunk. Weights that are sharded are gathered inside."""
+        modules = (self.model.reader, self.model.norm, self.lm_head)
+
+        def touch():
+            states = hidden_states[:, :1]
+            latents = states.new_zeros(len(states), *self.config.latent_shape)
+            self.lm_head(self.model.norm(self.model.reader(states, latents=latents)))
+
+        with gathered_once(modules, touch) as (reader, norm, head):
+            yield reader, norm, HeadPass(head)
 
     @torch.compiler.disable
     def _remember(
@@ -228,14 +240,15 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         if reduction == "mean":
             scores = lesson.is_scored / (lesson.is_scored.sum() if num_items is None else num_items)
         keep = cache is not None
-        reader, norm, head_pass = self._reader_to_head()
-        thought = think(reader, norm, head_pass, hidden_states, lesson, memory, scores=scores, noise=noise, keep=keep)
+        with self._reader_to_head(hidden_states) as modules:
+            thought = think(*modules, hidden_states, lesson, memory, scores=scores, noise=noise, keep=keep)
+            weight_gradient = modules[-1].weight_gradient
         if keep:
 
             def after(length):
                 drawn, states = (None if x is None else x[:, :length] for x in (noise, hidden_states))
-                given = (*self._reader_to_head(), states, lesson.until(length), memory)
-                return think(*given, noise=drawn, keep=True).state
+                with self._reader_to_head(states) as modules:
+                    return think(*modules, states, lesson.until(length), memory, noise=drawn, keep=True).state
 
             keep_latents(cache, memory=thought.state)
             record_call(cache, hidden_states.shape[1], memory, after)
@@ -243,11 +256,11 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         if not learning and reduction is not None:
             nats = thought.nats * lesson.is_scored
             return thought.residual, nats if reduction == "none" else (nats * scores).sum()
-        residual = relive(reader, hidden_states, thought, noise) if learning else thought.residual
+        residual = relive(self.model.reader, hidden_states, thought, noise) if learning else thought.residual
         states = self.model.norm(residual)
-        if reduction == "mean" and head_pass.weight_gradient is not None:
+        if reduction == "mean" and weight_gradient is not None:
             loss, gradient = (thought.nats * scores).sum(), thought.gradient * scores[..., None]
-            return states, KnownLoss.apply(states, self.lm_head.weight, loss, gradient, head_pass.weight_gradient)
+            return states, KnownLoss.apply(states, self.lm_head.weight, loss, gradient, weight_gradient)
         return states, None
 
 

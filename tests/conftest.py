@@ -24,6 +24,7 @@ FILES = [
     "methods_ltm.py",
     "modeling_ltm.py",
     "posterior_ltm.py",
+    "sharded_ltm.py",
 ]
 
 # Weights and gate are larger than a real model starts with, so that latents and distant tokens matter.

@@ -29,6 +29,7 @@ CODE = [
     "losses_ltm.py",
     "modeling_ltm.py",
     "posterior_ltm.py",
+    "sharded_ltm.py",
 ]
 AUTO_MAP = {
     "AutoConfig": "configuration_ltm.LTMConfig",

@@ -22,6 +22,7 @@ FILES = [
     "losses_ltm.py",
     "modeling_ltm.py",
     "posterior_ltm.py",
+    "sharded_ltm.py",
 ]
 
 STRANGER = r"""
