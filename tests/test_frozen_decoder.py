@@ -1,4 +1,4 @@
-"""Inference takes the decoder as a fixed function: what no latent changes is computed once, and all is left as it was."""
+"""Inference takes the decoder as a fixed function: what no latent changes is computed once, all is left as it was."""
 
 import functools
 from collections import Counter
