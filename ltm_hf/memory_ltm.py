@@ -113,7 +113,7 @@ class MemoryReader(nn.Module):
 
 @dataclass
 class MemoryState:
-    """What reading a text has left: of constant size, whatever the length. All float32.
+    """What reading a text has left: of constant size, whatever the length. All float32, but for the residual.
 
     mean, precision: (B, H, N, d) and (B, H, N, 1), of the posterior that the present chunk reads.
     moved, sharpened: of the same shapes, what the chunk has added so far.
@@ -153,7 +153,7 @@ class MemoryState:
     def where(self, rows: torch.Tensor, other: "MemoryState") -> "MemoryState":
         """The other's rows where `rows` (B,) is False."""
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return MemoryState(*(torch.where(rows.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
+        return MemoryState(*(torch.where(rows.view(-1, *[1] * (a.ndim - 1)), a, b.to(a.dtype)) for a, b in pairs))
 
     def committed(self) -> "MemoryState":
         """With what the chunk has added in the posterior."""

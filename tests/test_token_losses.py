@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ltm_hf import losses_ltm
-from ltm_hf.losses_ltm import token_losses
 from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
+from ltm_hf.losses_ltm import token_losses
 
 VOCABULARY, HIDDEN = 61, 32
 
