@@ -88,7 +88,7 @@ def test_text_of_any_length_in_constant_memory(make_model, prompts):
     settings = dict(do_sample=False, max_new_tokens=80, min_new_tokens=80)
     sizes = []
 
-    def measure(*_):
+    def measure(length):
         cache = DynamicCache(config=model.config)
         model.generate(prompts, **{CACHE: cache}, **settings | dict(max_new_tokens=length, min_new_tokens=length))
         tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
