@@ -101,6 +101,19 @@ def _fixed(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @contextmanager
+def _without_checkpointing(model):
+    """Without a graph there is nothing to compute again; transformers keeps no cache under checkpointing."""
+    checkpointed = [module for module in model.modules() if _stays_in_training(module)]
+    for module in checkpointed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.training = True
+
+
+@contextmanager
 def _differentiable_attention(model, device: torch.device):
     """torch's flex_attention has no backward on the CPU: sdpa there, which computes the same. Restored after."""
     if device.type != "cpu" or model.config._attn_implementation != "flex_attention":
@@ -202,8 +215,8 @@ def amortized_posterior(model, text: Text) -> LatentPosterior:
             "inference_method='amortized' needs a model with an encoder, built with that inference_method in its "
             "configuration."
         )
-    scored_later = text.is_scored.flip(1).cumsum(dim=1).flip(1)[:, :-1] > 0  # than a position
-    reads = F.pad(scored_later, (1, 0), value=True)
+    scored_later = text.is_scored.flip(1).cumsum(dim=1).flip(1) > 0  # than a position
+    reads = F.pad(scored_later, (1, 0), value=True)[:, :-1]
     if text.mask is not None:
         reads = reads & text.mask.bool()
     mean, log_variance = encoder(model.get_input_embeddings()(text.input_ids), reads)
@@ -272,7 +285,9 @@ def infer_posterior(
     ):
         text = text.outside_inference_mode()
         if decoder.config.has_memory:
-            return _remembered(decoder, text, settings, initial_posterior, callback)
+            nothing = _on_all_processes(together, (text.num_tokens == 0).all())
+            steps = 0 if nothing else settings.num_inference_steps
+            return _remembered(decoder, text, steps, settings.inference_kl_weight, initial_posterior, callback)
         fit = _Fit(decoder, text, settings, seed, initial_posterior, epsilon, callback)
         return _counted(_fitted(fit, together))
 
@@ -397,9 +412,9 @@ class _Fit:
 # ------------------------------------------------------------------ of a memory
 
 
-def _remembered(decoder, text: Text, settings: InferenceSettings, initial, callback) -> LatentPosterior:
+def _remembered(decoder, text: Text, steps: int, kl_weight: float, initial, callback) -> LatentPosterior:
     """What a memory holds after a text: reading it once is the first step, in closed form (see memory_ltm)."""
-    steps, rows, device = settings.num_inference_steps, len(text.input_ids), text.input_ids.device
+    rows, device = len(text.input_ids), text.input_ids.device
     trace = []
 
     def note(nll, mean):
@@ -413,7 +428,7 @@ def _remembered(decoder, text: Text, settings: InferenceSettings, initial, callb
     else:
         state, posterior = state_of(initial, decoder.config.num_attention_heads), initial
     if steps:
-        with torch.no_grad():
+        with torch.no_grad(), _without_checkpointing(decoder):
             output = decoder(
                 input_ids=text.input_ids, attention_mask=text.mask, shift_labels=text.targets, loss_reduction="none",
                 latent_state=state, latent_writes=F.pad(text.is_scored[:, :-1], (1, 0)), use_cache=True,
@@ -422,7 +437,7 @@ def _remembered(decoder, text: Text, settings: InferenceSettings, initial, callb
         note(output.loss.sum(dim=1), posterior.mean)
     mean, log_variance = posterior.mean, posterior.log_variance
     if steps > 1:
-        mean = _refined(decoder, text, settings, mean, log_variance.exp(), note)
+        mean = _refined(decoder, text, steps, kl_weight, mean, log_variance.exp(), note)
     finite = (mean + log_variance).flatten(start_dim=1).isfinite().all(dim=1)
     keep = _rows(finite & (text.num_tokens > 0))
     mean, log_variance = (torch.where(keep, x, 0.0) for x in (mean, log_variance))
@@ -454,16 +469,16 @@ class _Point(NamedTuple):
         )
 
 
-def _refined(decoder, text: Text, settings, mean, variance, note) -> torch.Tensor:
+def _refined(decoder, text: Text, steps: int, kl_weight: float, mean, variance, note) -> torch.Tensor:
     """The mean after further steps: mean ← mean - ρ (mean + g/κ)/precision, with all errors at the mean of now.
 
     The precision is what reading gave. A step that raises what inference lowers is not taken; then ρ, 1 before, halves.
     """
-    weight, rate = settings.inference_kl_weight, mean.new_ones(len(mean))
-    best = _Point.at(decoder, text, mean, weight)
-    for _ in range(settings.num_inference_steps - 1):
+    rate = mean.new_ones(len(mean))
+    best = _Point.at(decoder, text, mean, kl_weight)
+    for _ in range(steps - 1):
         note(best.nll, best.mean)
-        tried = _Point.at(decoder, text, best.mean - _rows(rate) * best.gradient * variance, weight)
+        tried = _Point.at(decoder, text, best.mean - _rows(rate) * best.gradient * variance, kl_weight)
         better = tried.objective <= best.objective
         best, rate = tried.where(better, best), torch.where(better, rate, rate / 2)
     return best.mean

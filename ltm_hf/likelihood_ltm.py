@@ -76,10 +76,10 @@ class Text:
     @classmethod
     def unchecked(cls, input_ids, attention_mask=None, labels=None) -> "Text":
         """Of what was checked before."""
-        targets = F.pad((input_ids if labels is None else labels)[:, 1:], (0, 1), value=IGNORED)
+        targets = F.pad(input_ids if labels is None else labels, (0, 1), value=IGNORED)[:, 1:]
         if attention_mask is not None:
             real = attention_mask.bool()
-            targets = targets.masked_fill(~(real & F.pad(real[:, 1:], (0, 1))), IGNORED)
+            targets = targets.masked_fill(~(real & F.pad(real, (0, 1))[:, 1:]), IGNORED)
         return cls(input_ids, attention_mask, targets)
 
     def scoring(self, chosen: torch.Tensor) -> "Text":

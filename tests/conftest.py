@@ -134,6 +134,45 @@ def memory_model(make_model):
 
 
 @pytest.fixture(scope="session")
+def make_encoder(make_model):
+    """A model with an encoder whose head has left zero, so that its posteriors differ from the prior."""
+
+    def make(**overrides):
+        model = make_model(latent_reader="paper", inference_method="amortized", **overrides)
+        with torch.no_grad():
+            weight = model.encoder.head.weight
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)))
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_thinker(make_model, make_encoder):
+    """A tiny model for a way to infer: "memory", or one of the paper's reader by the method's name."""
+
+    def make(way, **overrides):
+        if way == "memory":
+            return make_model(**overrides)
+        if way == "amortized":
+            return make_encoder(**overrides)
+        return make_model(latent_reader="paper", inference_method=way, **overrides)
+
+    return make
+
+
+@pytest.fixture(params=["memory", "natural", "adamw", "lbfgs", "langevin", "amortized"])
+def way(request):
+    """Each way to infer, for `make_thinker`."""
+    return request.param
+
+
+@pytest.fixture
+def thinker(make_thinker, way):
+    return make_thinker(way)
+
+
+@pytest.fixture(scope="session")
 def travelling_files():
     """Names of the Python files that a checkpoint takes along."""
     return FILES

@@ -8,31 +8,46 @@ from transformers import AutoConfig, LlamaConfig
 from ltm_hf import LTMConfig
 from ltm_hf.configuration_ltm import InferenceSettings
 
+PAPER = dict(latent_reader="paper", num_latents=24)
+
+
+def paper(**fields):
+    return LTMConfig(**PAPER | fields)
+
 
 def test_defaults_are_filled_in():
-    config = LTMConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=4, num_latents=12)
-    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
-    assert (config.latents_per_layer, config.latent_shape) == (4, (3, 4, 64))
-    assert config.latent_position_stride == 1024 // 12
-    assert config.layer_types == ["sliding_attention"] * 3
-    assert config.rope_parameters["rope_theta"] == 10000.0
+    """Of the default, a memory, and of the paper's reader."""
+    sizes = dict(num_hidden_layers=3, hidden_size=64, num_attention_heads=4, num_latents=12)
+    memory, layered = LTMConfig(**sizes), paper(**sizes)
+    for config in (memory, layered):
+        assert (config.num_key_value_heads, config.head_dim) == (4, 16)
+        assert config.layer_types == ["sliding_attention"] * 3
+        assert config.rope_parameters["rope_theta"] == 10000.0
+    assert memory.has_memory and not layered.has_memory
+    assert (memory.latents_per_layer, memory.latent_shape, memory.reading_layers) == (12, (1, 12, 64), [])
+    assert (layered.latents_per_layer, layered.latent_shape, layered.reading_layers) == (4, (3, 4, 64), [0, 1, 2])
+    assert (memory.latent_chunk, memory.inference_kl_weight, memory.latent_position_stride) == (8, 0.01, None)
+    assert (layered.inference_kl_weight, layered.latent_position_stride) == (1.0, 1024 // 12)
+    assert LTMConfig(sliding_window=4).latent_chunk == 4 and LTMConfig(sliding_window=None).latent_chunk == 8
 
 
-def test_without_window_and_latents():
-    config = LTMConfig(num_latents=0, sliding_window=None)
+@pytest.mark.parametrize("fields", [{}, dict(latent_reader="paper"), dict(inference_method="amortized")], ids=str)
+def test_the_twin(fields):
+    """The same whatever the reader."""
+    config = LTMConfig(**{"latent_reader": "paper"} | fields | dict(num_latents=0, sliding_window=None))
     assert config.layer_types == ["full_attention"] * 3
-    assert config.latents_per_layer == 0 and config.latent_position_stride is None
+    assert not (config.has_memory or config.has_encoder or config.reading_layers or config.latents_per_layer)
+    assert config.latent_position_stride is None
 
 
 def test_more_latents_than_positions():
-    assert LTMConfig(num_latents=2048 * 3, max_position_embeddings=1024).latent_position_stride == 1
+    assert paper(num_latents=2048 * 3, max_position_embeddings=1024).latent_position_stride == 1
 
 
 def test_layers_that_read_latents():
-    config = LTMConfig(cross_attention_layers=[-1, 0])
-    assert config.cross_attention_layers == config.reading_layers == [0, 2]
+    config = paper(latent_layers=[-1, 0])
+    assert config.latent_layers == config.reading_layers == [0, 2]
     assert config.latent_shape == (2, 12, 512)
-    assert LTMConfig().reading_layers == [0, 1, 2] and LTMConfig(num_latents=0).reading_layers == []
 
 
 def test_rope_theta_is_folded_in():
@@ -42,32 +57,33 @@ def test_rope_theta_is_folded_in():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (dict(num_latents=25), r"num_latents \(25\).*multiple of num_hidden_layers \(3\)"),
-        (dict(num_latents=-3), "num_latents"),
+        (dict(num_latents=-3), r"num_latents \(-3\) must be 0 or a multiple"),
+        (dict(latent_reader="memo"), "latent_reader must be one of memory, paper; got 'memo'"),
+        (dict(latent_chunk=0), r"latent_chunk must be at least 1 and at most sliding_window \(256\).*got 0"),
+        (dict(latent_chunk=17, sliding_window=16), r"latent_chunk.*\(16\).*got 17"),
+        (dict(latent_layers=[0]), "latent_layers is for latent_reader='paper'"),
+        (dict(latent_gate_init=None), "latent_gate_init must be a number for latent_reader='memory'"),
+        (dict(hidden_size=36, head_dim=4), r"'memory' needs a hidden_size \(36\) that is a multiple"),
+        (
+            dict(inference_method="adamw"),
+            "'memory' infers in closed form, with inference_method='natural'; got 'adamw'",
+        ),
+        (dict(inference_learning_rate=0.5), "in closed form, with inference_learning_rate=None; got 0.5"),
+        (dict(inference_lr_schedule="cosine"), "in closed form, with inference_lr_schedule=None; got 'cosine'"),
+        (dict(inference_noise="fixed"), "in closed form, with inference_noise='fresh'; got 'fixed'"),
+        (dict(inference_tolerance=0.1), "in closed form, with inference_tolerance=None; got 0.1"),
+        (PAPER | dict(num_latents=25), r"num_latents \(25\).*multiple of num_hidden_layers \(3\)"),
+        (PAPER | dict(num_latents=3, latent_layers=[0, 2]), r"num_latents \(3\).*the latent_layers \(2\)"),
+        (PAPER | dict(latent_layers=[]), r"latent_layers.*the 3 \(0 to 2\), got \[\]"),
+        (PAPER | dict(latent_layers=[3]), r"latent_layers.*\[3\]"),
+        (PAPER | dict(latent_layers=[2, -1]), r"latent_layers.*different.*\[2, -1\]"),
         (dict(latent_position_stride=0), "latent_position_stride must be 1 or more, got 0"),
         (dict(initializer_range=math.nan), "initializer_range must be 0 or more and finite, got nan"),
         (dict(rms_norm_eps=0.0), "rms_norm_eps must be positive and finite, got 0.0"),
         (dict(attention_dropout=1.0), "attention_dropout must be at least 0 and below 1, got 1.0"),
-        (dict(initial_mean_std=-1), "initial_mean_std must be 0 or more and finite, got -1"),
         (dict(hidden_act="silou"), "hidden_act must be one of .*silu.*; got 'silou'"),
         (dict(rope_theta=0.0), "rope_theta must be positive and finite, got 0.0"),
         (dict(rope_parameters={"rope_type": "yarm"}), "rope_type must be one of default, .*; got 'yarm'"),
-        (dict(num_latents=3, cross_attention_layers=[0, 2]), r"num_latents \(3\).*the cross_attention_layers \(2\)"),
-        (dict(cross_attention_layers=[]), r"cross_attention_layers.*the 3 \(0 to 2\), got \[\]"),
-        (dict(cross_attention_layers=[3]), r"cross_attention_layers.*\[3\]"),
-        (dict(cross_attention_layers=[2, -1]), r"cross_attention_layers.*different.*\[2, -1\]"),
-        (
-            dict(cross_attention_value_projection=False, num_key_value_heads=4),
-            "cross_attention_value_projection.*got 4, 8, 64",
-        ),
-        (
-            dict(cross_attention_value_projection=False, head_dim=32),
-            "cross_attention_value_projection.*got 8, 8, 32 and 512",
-        ),
-        (dict(cross_attention_keys="values"), "cross_attention_keys must be latents or embeddings.*'values'"),
-        (dict(cross_attention_keys="embeddings"), "cross_attention_keys='embeddings' needs a latent_embedding_std"),
-        (dict(latent_embedding_std=-1), "latent_embedding_std.*-1"),
-        (dict(cross_attention_query_std=float("nan")), "cross_attention_query_std.*nan"),
         (dict(num_attention_heads=8, num_key_value_heads=3), "num_attention_heads.*num_key_value_heads"),
         (dict(hidden_size=30, num_attention_heads=8), "hidden_size.*num_attention_heads"),
         (dict(hidden_size=24, num_attention_heads=8), "head_dim must be even.*3"),
@@ -76,16 +92,18 @@ def test_rope_theta_is_folded_in():
         (dict(vocab_size=0), "vocab_size"),
         (dict(num_hidden_layers=0), "num_hidden_layers"),
         (dict(num_inference_steps=-1), "num_inference_steps.*-1"),
-        (dict(inference_learning_rate=0), "inference_learning_rate.*positive"),
-        (dict(inference_learning_rate=-0.1), "inference_learning_rate.*positive"),
-        (dict(inference_learning_rate=float("nan")), "inference_learning_rate.*finite"),
-        (dict(inference_learning_rate=float("inf")), "inference_learning_rate.*finite"),
-        (dict(inference_weight_decay=-0.1), "inference_weight_decay"),
-        (dict(inference_optimizer="sgd"), "inference_optimizer.*natural, lbfgs, map, adamw.*sgd"),
-        (dict(inference_lr_schedule="linear"), "inference_lr_schedule.*constant, cosine, inverse.*linear"),
-        (dict(inference_precision="full"), "inference_precision.*stein, unit.*full"),
-        (dict(inference_noise="none"), "inference_noise.*fresh, fixed.*none"),
+        (dict(inference_kl_weight=0), "inference_kl_weight must be positive and finite, got 0"),
+        (PAPER | dict(inference_learning_rate=-0.1), "inference_learning_rate.*positive"),
+        (PAPER | dict(inference_learning_rate=float("nan")), "inference_learning_rate.*finite"),
+        (PAPER | dict(inference_method="sgd"), "inference_method.*natural, adamw, lbfgs.*sgd"),
+        (
+            PAPER | dict(inference_lr_schedule="linear"),
+            "inference_lr_schedule.*None, constant, cosine, inverse.*linear",
+        ),
+        (PAPER | dict(inference_noise="none"), "inference_noise.*fresh, fixed.*none"),
+        (PAPER | dict(inference_tolerance=math.inf), "inference_tolerance must be None or finite, got inf"),
     ],
+    ids=lambda given: " ".join(map(str, given)) if isinstance(given, dict) else "",
 )
 def test_values_that_do_not_fit_are_named(overrides, words):
     with pytest.raises(ValueError, match=words):
@@ -102,15 +120,36 @@ def test_wrong_types(overrides):
 
 
 def test_settings_take_overrides_that_are_given():
-    config = LTMConfig(num_inference_steps=7, inference_learning_rate=0.2)
+    config = paper(num_inference_steps=7, inference_learning_rate=0.2, inference_lr_schedule="cosine")
     settings = InferenceSettings.of(config, num_inference_steps=None, inference_learning_rate=0.4)
     assert (settings.num_inference_steps, settings.inference_learning_rate) == (7, 0.4)
     assert InferenceSettings.of(config, num_inference_steps=0).num_inference_steps == 0
+    other = InferenceSettings.of(config, inference_method="adamw", inference_lr_schedule="constant")
+    assert (other.inference_learning_rate, other.inference_lr_schedule) == (None, "constant")  # not the other method's
 
 
-@pytest.mark.parametrize("overrides", [{}, dict(num_latents=0), dict(sliding_window=None, num_latents=6)])
+def test_of_a_memory_a_call_chooses_the_steps_alone():
+    """What it is already may be said."""
+    config = LTMConfig()
+    assert InferenceSettings.of(config, num_inference_steps=3, inference_method="natural").num_inference_steps == 3
+    for given in (dict(inference_method="adamw"), dict(inference_kl_weight=1.0), dict(inference_noise="fixed")):
+        with pytest.raises(ValueError, match=f"^{next(iter(given))} is not a memory's to choose at each call"):
+            InferenceSettings.of(config, **given)
+
+
+OTHERS = [
+    {},
+    dict(num_latents=0),
+    dict(sliding_window=None, latent_chunk=5),
+    PAPER,
+    PAPER | dict(inference_method="langevin"),
+    PAPER | dict(num_latents=6, latent_layers=[-1]),
+]
+
+
+@pytest.mark.parametrize("overrides", OTHERS, ids=str)
 def test_round_trip(tmp_path, overrides):
-    config = LTMConfig(num_key_value_heads=2, inference_optimizer="adamw", rope_theta=500.0, **overrides)
+    config = LTMConfig(num_key_value_heads=2, rope_theta=500.0, **overrides)
     config.save_pretrained(tmp_path)
     for loaded in (LTMConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert type(loaded) is LTMConfig
@@ -119,14 +158,15 @@ def test_round_trip(tmp_path, overrides):
 
 
 def test_overrides_of_a_saved_one_are_as_if_given_at_once(tmp_path):
-    LTMConfig(sliding_window=None, inference_method="langevin").save_pretrained(tmp_path)
+    paper(sliding_window=None, inference_method="langevin").save_pretrained(tmp_path)
     load = LTMConfig.from_pretrained
     assert load(tmp_path).layer_types == ["full_attention"] * 3
     config = load(tmp_path, sliding_window=4, num_hidden_layers=2, hidden_size=64, num_attention_heads=4, num_latents=6)
     assert config.layer_types == ["sliding_attention"] * 2 and config.num_hidden_layers == 2
     assert (config.head_dim, config.num_key_value_heads, config.latent_position_stride) == (16, 4, 170)
     assert load(tmp_path, max_position_embeddings=2048).latent_position_stride == 42  # as the weights have learned
-    assert InferenceSettings.of(load(tmp_path, inference_method="variational")).inference_learning_rate == 0.5
+    memory = load(tmp_path, latent_reader="memory", inference_method="natural", sliding_window=4)
+    assert (memory.latent_chunk, memory.inference_kl_weight) == (4, 0.01)
     with pytest.raises(ValueError, match=r"num_latents \(25\)"):
         load(tmp_path, num_latents=25)
     with pytest.raises(ValueError, match="layer_types follow from sliding_window"):

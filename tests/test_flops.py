@@ -1,11 +1,12 @@
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from ltm_hf import PRESETS, LTMConfig, LTMForCausalLM, preset_config
-from ltm_hf.flops import count_flops, count_parameters, paper_training_flops, training_flops
+from ltm_hf.costs import flops
+from ltm_hf.costs.flops import count_flops, count_parameters, paper_training_flops, training_flops
+from ltm_hf.inference_ltm import amortized_posterior
+from ltm_hf.likelihood_ltm import Text
+from ltm_hf.memory_ltm import prior_state
 
 BASE = dict(
     vocab_size=97,
@@ -19,20 +20,25 @@ BASE = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
+PAPER = dict(latent_reader="paper")
 VARIANTS = {
-    "gate": {},
-    "no gate": dict(cross_attention_gate_init=None),
-    "latent embeddings": dict(latent_embedding_std=1.0),
-    "last layer": dict(cross_attention_layers=[1], cross_attention_rotary=False, cross_attention_query_std=0.2),
-    "values as they are": dict(cross_attention_value_projection=False),
-    "after the MLP": dict(cross_attention_after_mlp=True, num_hidden_layers=3, cross_attention_layers=[1, 2]),
-    "some layers": dict(num_hidden_layers=4, cross_attention_layers=[1, 3], latent_embedding_std=1.0),
-    "grouped queries": dict(num_key_value_heads=2),
-    "head_dim": dict(head_dim=6, num_key_value_heads=1),
-    "untied": dict(tie_word_embeddings=False),
-    "one layer": dict(num_hidden_layers=1),
-    "full attention": dict(sliding_window=None, num_hidden_layers=3),
+    "gate": PAPER,
+    "no gate": dict(**PAPER, latent_gate_init=None),
+    "last layer": dict(**PAPER, latent_layers=[1]),
+    "some layers": dict(**PAPER, num_hidden_layers=4, latent_layers=[1, 3]),
+    "grouped queries": dict(**PAPER, num_key_value_heads=2),
+    "head_dim": dict(**PAPER, head_dim=6, num_key_value_heads=1),
+    "untied": dict(**PAPER, tie_word_embeddings=False),
+    "one layer": dict(**PAPER, num_hidden_layers=1),
+    "full attention": dict(**PAPER, sliding_window=None, num_hidden_layers=3),
+    "an encoder": dict(**PAPER, inference_method="amortized"),
+    "an encoder, grouped": dict(
+        **PAPER, inference_method="amortized", self_attention="qwen2", num_key_value_heads=1, head_dim=6
+    ),
     "no latents": dict(num_latents=0),
+    "a memory": {},
+    "a memory of chunks that divide the text": dict(latent_chunk=1),
+    "a memory, grouped and untied": dict(num_key_value_heads=2, tie_word_embeddings=False, latent_chunk=5),
 }
 odd_configs = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -62,6 +68,12 @@ def test_the_papers_autoregressive_baseline():
     assert round(paper_training_flops(config) / 1e9, 2) == 0.46
 
 
+def test_the_paper_has_no_account_of_an_encoder_and_pays_no_loop_for_a_memory():
+    with pytest.raises(ValueError, match="no account of an encoder"):
+        paper_training_flops(config_of("an encoder"))
+    assert paper_training_flops(config_of("a memory")) == 6 * count_parameters(config_of("a memory"))
+
+
 def test_the_paper_counts_steps_and_tokens():
     once = paper_training_flops(preset_config("ltm-small", num_inference_steps=0))
     assert paper_training_flops(preset_config("ltm-small", num_inference_steps=63)) == 64 * once
@@ -83,24 +95,40 @@ def test_flops(variant, batch=3, length=17):
     """Equal to torch's count, less the rotary tables: older transformers write their outer product as a matmul."""
     config = config_of(variant)
     model = LTMForCausalLM._from_config(config, attn_implementation="eager")
-    input_ids = torch.randint(config.vocab_size, (batch, length))
-    flops = training_flops(config, length)
-    tokens = batch * length
-    rotary = count_flops(lambda: model.model.rotary_emb(model.model.norm.weight, torch.arange(length)[None]))
-    if config.num_latents:
+    ids = torch.randint(config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    costs = training_flops(config, length)
+
+    def tables(module, positions):
+        return count_flops(lambda: module.rotary_emb(model.model.norm.weight, torch.arange(positions)[None]))
+
+    rotary = tables(model.model, length)
+    if config.reading_layers:
         rotary += count_flops(lambda: model.model.latent_position_embeddings(model.sample_prior(1)))
 
     def forward():
         latents = model.sample_prior(batch) if config.num_latents else None
-        return model(input_ids, latents=latents, labels=input_ids, use_cache=False).loss
+        return model(ids, latents=latents, labels=ids, use_cache=False).loss
 
-    assert count_flops(forward) == round(tokens * flops.forward) + rotary
-    assert count_flops(lambda: forward().backward()) == round(tokens * flops.slow_step) + rotary
-    if config.num_latents:
-        for steps in (1, 2, 5):
-            config.num_inference_steps = steps
-            fast_loop = count_flops(lambda: model.infer_posterior(input_ids))
-            assert fast_loop == round(steps * tokens * training_flops(config, length).fast_step) + rotary
+    def slow_step():
+        if config.has_memory:
+            memory = dict(latent_state=prior_state(config, batch), latent_noise=torch.randn(batch, length, 32))
+            return model(ids, labels=ids, loss_reduction="mean", use_cache=False, **memory).loss.backward()
+        if config.has_encoder:
+            latents = amortized_posterior(model, Text.of(model, ids)).sample(seed=0)
+            return model(ids, latents=latents, labels=ids, use_cache=False).loss.backward()
+        return forward().backward()
+
+    assert count_flops(forward) == round(batch * length * costs.forward) + rotary
+    if config.has_encoder:
+        rotary += batch * tables(model.encoder, length + config.num_latents)  # positions differ by row
+    assert count_flops(slow_step) == round(batch * length * costs.slow_step) + rotary
+    if not config.reading_layers or config.has_encoder:
+        assert costs.fast_step == 0 and costs.training_step == costs.slow_step
+        return
+    for steps in (1, 2, 5):
+        config.num_inference_steps = steps
+        fast_loop = count_flops(lambda: model.infer_posterior(ids))
+        assert fast_loop == round(steps * batch * length * training_flops(config, length).fast_step) + rotary
 
 
 def test_window_counts_what_the_mask_lets_through():
@@ -112,13 +140,13 @@ def test_window_counts_what_the_mask_lets_through():
 
 
 def test_a_training_step_is_its_parts():
-    flops = training_flops(preset_config("ltm-medium"))
-    assert flops.training_step == 16 * flops.fast_step + flops.slow_step
-    baseline = training_flops(config_of("no latents"))
-    assert baseline.fast_step == 0 and baseline.training_step == baseline.slow_step == 3 * baseline.forward
+    costs = training_flops(preset_config("ltm-medium"))
+    assert costs.training_step == 16 * costs.fast_step + costs.slow_step
+    twin = training_flops(config_of("no latents"))
+    assert twin.training_step == twin.slow_step == 3 * twin.forward
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if preset_config(name).reading_layers])
 def test_a_frozen_fast_step_is_about_two_forwards(preset):
     """At most 2.1, though the masked S x S scores are computed."""
     config = preset_config(preset)
@@ -142,9 +170,10 @@ def test_another_attention_is_named():
         training_flops(preset_config("ltm-tiny"), attention="flash")
 
 
-def test_the_table():
-    result = subprocess.run([sys.executable, "-m", "ltm_hf.flops"], capture_output=True, text=True, check=True)
-    lines = result.stdout.splitlines()
+def test_the_table(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["flops"])
+    flops.main()
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1 : len(PRESETS) + 1]] == list(PRESETS)
     assert len({len(line) for line in lines[: len(PRESETS) + 1]}) == 1  # aligned
     (small,) = [line for line in lines if line.split()[:1] == ["ltm-small"]]

@@ -10,6 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ltm_hf import losses_ltm
 from ltm_hf.losses_ltm import mean_loss
+from ltm_hf.memory_ltm import prior_state
 
 VOCABULARY, HIDDEN = 61, 32
 close = torch.testing.assert_close
@@ -214,9 +215,10 @@ def grouped(loss, model):
 @pytest.mark.parametrize("overrides", [{}, dict(tie_word_embeddings=False)], ids=["tied", "untied"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("num_items", [None, 40])
-def test_model(make_model, ids, make_noise, chunked, overrides, checkpointing, num_items):
+def test_model(make_model, reader, ids, make_noise, chunked, overrides, checkpointing, num_items):
     """With padding, labels, latents that want a gradient; a tied weight adds up both of its uses."""
-    model, latents, labels = make_model(**overrides).train(), make_noise(3, 2, 2, 32).requires_grad_(), ids.clone()
+    model, labels = make_model(latent_reader=reader, **overrides).train(), ids.clone()
+    latents = make_noise(3, *model.config.latent_shape).requires_grad_()
     if checkpointing:
         model.gradient_checkpointing_enable()
     mask = torch.ones_like(ids)
@@ -237,18 +239,23 @@ def test_model(make_model, ids, make_noise, chunked, overrides, checkpointing, n
         close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
-def test_a_loss_function_of_the_users(model, ids, chunked):
-    """It sees all logits, and shifted labels are scored where they are."""
-    close(
-        model(ids, labels=ids, shift_labels=ids, loss_reduction="mean").loss,
-        F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten()),
-    )
-    model.loss_function = lambda logits, labels, **kwargs: logits.sum() + labels.sum()
-    output = model(ids, labels=ids, loss_reduction="mean")
-    close(output.loss, model(ids).logits.sum() + ids.sum())
-    assert output.logits is None and not chunked
+@pytest.mark.parametrize("state", [False, True], ids=["", "remembering"])
+def test_a_loss_function_of_the_users(memory_model, ids, chunked, state):
+    """It sees all logits."""
+    given = dict(latent_state=prior_state(memory_model.config, 3)) if state else {}
+    logits = memory_model(ids, **given).logits
+    chunked.clear()
+    memory_model.loss_function = lambda logits, labels, **kwargs: logits.sum() + labels.sum()
+    output = memory_model(ids, labels=ids, loss_reduction="mean", **given)
+    close(output.loss, logits.sum() + ids.sum())
+    assert output.logits is None and bool(chunked) == state  # the memory's own
 
 
-def test_tuples(model, ids):
-    (loss, *_) = model(ids, labels=ids, loss_reduction="mean", use_cache=False, return_dict=False)
-    close(loss, model(ids, labels=ids).loss)
+def test_labels_that_are_shifted_already(memory_model, ids):
+    loss = memory_model(ids, labels=ids, shift_labels=ids, loss_reduction="mean").loss
+    close(loss, F.cross_entropy(memory_model(ids).logits.flatten(0, 1), ids.flatten()))
+
+
+def test_tuples(memory_model, ids):
+    (loss, *_) = memory_model(ids, labels=ids, loss_reduction="mean", use_cache=False, return_dict=False)
+    close(loss, memory_model(ids, labels=ids).loss)

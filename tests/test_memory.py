@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ltm_hf.losses_ltm import IGNORED, HeadPass
-from ltm_hf.memory_ltm import Lesson, prior_state, relive, state_of, think, token_noise
+from ltm_hf.memory_ltm import Lesson, prior_state, relive, state_of, think
 
 CHUNKS = pytest.mark.parametrize("chunk", [1, 3, 8])
 LENGTH = 11  # a multiple of none but 1
@@ -52,7 +52,7 @@ class Naive:
 
     def __call__(self, hidden, targets, writes=None, noise=None, start=None):
         """hidden (S, D); targets, writes (S,), of the token after each, -100 for none; noise (S, H, d)."""
-        (heads, latents, width), length = self.shape, len(hidden)
+        heads, latents, length = *self.shape[:2], len(hidden)
         sigma, factor, kappa = self.log_read.exp()[:, None], self.log_precision.exp()[:, None], self.kl_weight
         mean, precision = torch.zeros(self.shape).double(), torch.ones(heads, latents).double()
         if start is not None:
@@ -193,7 +193,7 @@ def test_padding_adds_nothing_and_shifts_no_chunk(make_memory, texts, make_noise
             )
         mask[row, first : first + length] = 1
     thought = read_text(model, states, tokens, mask, noise=noise)
-    for row, length in enumerate(lengths[:-1]):
+    for row in range(len(lengths) - 1):
         real = mask[row].bool()
         alone = read_text(model, states[row, real][None], tokens[row, real][None], noise=noise[row, real][None])
         close(thought.residual[row, real], alone.residual[0], 1e-5)
@@ -220,7 +220,7 @@ def test_a_text_in_pieces_is_the_text(make_memory, texts, make_noise, cuts, chun
     if padded:
         mask[1, :4] = mask[2, :7] = 0  # beyond some cuts
     whole = read_text(model, hidden, ids, mask, writes=writes, noise=noise)
-    state, residuals, nats = None, [], []
+    state, residuals = None, []
     for first, last in zip((0, *cuts), (*cuts, LENGTH), strict=True):
         now = slice(first, last)
         given = dict(writes=writes[:, now], noise=noise[:, now])

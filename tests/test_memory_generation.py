@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
 from ltm_hf.cache_ltm import CACHE, kept_latents
@@ -98,14 +97,14 @@ def test_text_of_any_length_in_constant_memory(make_model, prompts):
     settings = dict(do_sample=False, max_new_tokens=80, min_new_tokens=80)
     sizes = []
 
-    def measure(*_):
+    def measure(length):
         cache = DynamicCache(config=model.config)
         model.generate(prompts, **{CACHE: cache}, **settings | dict(max_new_tokens=length, min_new_tokens=length))
         tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
         sizes.append(sum(x.numel() for x in (*tensors, *vars(kept_latents(cache)["memory"]).values())))
 
     for length in (10, 40, 80):
-        measure()
+        measure(length)
     assert len(set(sizes)) == 1
     ids = model.generate(prompts, **settings)
     close(anew(model, ids[:, :-1])[0].argmax(), ids[0, -1], 0)
@@ -154,7 +153,7 @@ def test_more_steps_refine_the_prompt_s_posterior_and_go_on_from_there(model, pr
 
 
 def test_once_is_what_reading_the_prompt_gives(model, prompts):
-    """Nothing is inferred before writing; the text's posterior is what the memory holds, and continues to write with."""
+    """Nothing is inferred before writing; the text's posterior is what the memory holds, and goes on to write with."""
     output = model.generate(prompts, return_dict_in_generate=True, **GREEDY)
     assert output.posterior is None
     held = kept_latents(output[CACHE])["memory"].posterior()

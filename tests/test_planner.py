@@ -1,7 +1,5 @@
 """The planner against what torch keeps alive; at full size with fake tensors, which have sizes and no contents."""
 
-import subprocess
-import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,8 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ltm_hf import LTMConfig, LTMForCausalLM, losses_ltm, preset_config
-from ltm_hf.planner import GPUS, PAPER_MFU, USABLE_MEMORY, plan, training_memory
-from ltm_hf.posterior_ltm import frozen, negative_log_likelihood
+from ltm_hf.costs import planner
+from ltm_hf.costs.planner import GPUS, PAPER_MFU, USABLE_MEMORY, plan, training_memory
+from ltm_hf.inference_ltm import frozen
+from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
+from ltm_hf.memory_ltm import prior_state
 
 BASE = dict(
     vocab_size=997,
@@ -28,20 +29,24 @@ BASE = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
+PAPER = dict(latent_reader="paper")
 VARIANTS = {
-    "gate": {},
-    "no gate": dict(cross_attention_gate_init=None),
-    "grouped queries": dict(num_key_value_heads=2),
-    "head_dim": dict(head_dim=24),
-    "untied": dict(tie_word_embeddings=False),
-    "one layer": dict(num_hidden_layers=1),
-    "full attention": dict(sliding_window=None),
-    "middle layer": dict(cross_attention_layers=[1]),
-    "values as they are": dict(cross_attention_value_projection=False),
-    "many latents": dict(num_latents=96),
+    "gate": PAPER,
+    "no gate": dict(**PAPER, latent_gate_init=None),
+    "grouped queries": dict(**PAPER, num_key_value_heads=2),
+    "head_dim": dict(**PAPER, head_dim=24),
+    "untied": dict(**PAPER, tie_word_embeddings=False),
+    "one layer": dict(**PAPER, num_hidden_layers=1),
+    "full attention": dict(**PAPER, sliding_window=None),
+    "middle layer": dict(**PAPER, latent_layers=[1]),
+    "many latents": dict(**PAPER, num_latents=96),
     "no latents": dict(num_latents=0),
-    "qwen2": dict(self_attention="qwen2"),
-    "qwen3": dict(self_attention="qwen3", num_key_value_heads=2),
+    "qwen2": dict(**PAPER, self_attention="qwen2"),
+    "qwen3": dict(**PAPER, self_attention="qwen3", num_key_value_heads=2),
+    "a memory": {},
+    "a memory of many latents": dict(num_latents=64),
+    "a memory of short chunks": dict(latent_chunk=4),
+    "a memory after one layer": dict(num_hidden_layers=1),
 }
 
 
@@ -79,12 +84,18 @@ def measure(config, batch, length, precision, checkpointing=False, tensors=nullc
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         ids = torch.zeros(batch, length, dtype=torch.long)
-        latents = torch.randn(batch, *config.latent_shape) if config.num_latents else None
+        given, latents = {}, None
+        if config.has_memory:
+            noise = torch.randn(batch, length, config.hidden_size)
+            given = dict(latent_state=prior_state(config, batch), latent_noise=noise)
+        elif config.num_latents:
+            latents = torch.randn(batch, *config.latent_shape)
+            given = dict(latents=latents)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-        with Alive(*model.parameters()) as slow:
+        with Alive(*model.parameters(), *given.values()) as slow:
             with autocast:
-                given = dict(latents=latents, labels=ids, use_cache=False)
-                loss = model(input_ids=ids, **given, loss_reduction="mean" if chunked else None).loss
+                given |= dict(labels=ids, use_cache=False, loss_reduction="mean" if chunked else None)
+                loss = model(input_ids=ids, **given).loss
             measured = [slow.now - (0 if chunked else 4 * batch * length * config.vocab_size)]
             loss.backward()
         measured.append(slow.peak)
@@ -92,7 +103,7 @@ def measure(config, batch, length, precision, checkpointing=False, tensors=nullc
             with frozen(model) as decoder, Alive(*model.parameters(), *decoder.parameters(), latents) as fast:
                 wanted = latents.detach().requires_grad_()
                 with autocast:
-                    nll = negative_log_likelihood(decoder, ids, wanted).sum()
+                    nll = negative_log_likelihood(decoder, Text.unchecked(ids), wanted).sum()
                 measured.append(fast.now)
                 torch.autograd.grad(nll, wanted)
             measured.append(fast.peak)
@@ -119,7 +130,7 @@ def test_memory_is_what_torch_keeps(variant, precision):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_memory_with_all_logits(precision):
     """What a sharded head needs, here on one process."""
-    config = LTMConfig(**BASE)
+    config = LTMConfig(**BASE, **PAPER)
     memory = training_memory(config, 6, 64, precision=precision, sharding="fsdp2")
     measured = measure(config, 6, 64, precision, chunked=False)
     assert planned(memory) == pytest.approx(measured, rel=0.02)
@@ -141,10 +152,10 @@ def test_memory_of_the_presets(preset, checkpointing, monkeypatch):
     assert planned(memory)[::2] == pytest.approx(measured[::2], rel=0.03 if checkpointing else 0.01)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "natural"])
-def test_memory_of_a_whole_step(optimizer):
+@pytest.mark.parametrize("method", ["adamw", "natural", "lbfgs"])
+def test_memory_of_a_whole_step(method):
     """A real one: inference, slow step, AdamW. To 5 %."""
-    config = LTMConfig(**BASE | dict(num_latents=48, inference_optimizer=optimizer, num_inference_steps=16))
+    config = LTMConfig(**BASE | PAPER | dict(num_latents=48, inference_method=method, num_inference_steps=16))
     memory = training_memory(config, 6, 64, precision="fp32")
     model = LTMForCausalLM._from_config(config, attn_implementation="sdpa").train()
     adam = torch.optim.AdamW(model.parameters())
@@ -247,15 +258,39 @@ def test_bad_input_is_named(arguments, sentence):
         plan(preset_config("ltm-small"), **{"tokens": 1e9} | arguments)
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "ltm_hf.flops", *arguments], capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command: what it prints, or its exit status and the error."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["planner", *arguments])
+        try:
+            planner.main()
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_on_the_command_line():
-    done = run("--plan", "ltm-large", "--gpus", "8", "--num-inference-steps", "64", "--tokens", "3e9", "--mfu", "0.16")
-    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if not line.startswith(" "))
+def test_on_the_command_line(run):
+    told = run(
+        "--preset", "ltm-large", "--gpus", "8", "--num-inference-steps", "64", "--tokens", "3e9", "--mfu", "0.16"
+    )
+    lines = dict(line.split(maxsplit=1) for line in told.splitlines() if not line.startswith(" "))
     assert lines["batch"] == "64 sequences a GPU x 1 accumulated x 8 GPU(s) = 512 a step"
     assert lines["time"] == "0.88 days: 5,723 steps of 13.34 s"
     assert set(lines) == {"batch", "memory", "time", "FLOPs"}
-    refused = run("--plan", "ltm-large", "--gpus", "3")
-    assert refused.returncode == 2 and "must be a multiple of num_gpus (3)" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--preset", "ltm-large", "--gpus", "3"), "must be a multiple of num_gpus (3)"),
+        (("--preset", "ltm-tiny", "--num-inference-steps", "3"), "does nothing with ltm-tiny"),
+        (("--preset", "ltm-huge"), "invalid choice: 'ltm-huge'"),
+    ],
+)
+def test_refused_on_the_command_line(run, arguments, words):
+    code, error = run(*arguments)
+    assert code == 2 and words in error

@@ -8,14 +8,9 @@ from torch.nn import functional as F
 from transformers import TorchAoConfig
 
 from ltm_hf import LTMForCausalLM
-from ltm_hf.posterior_ltm import negative_log_likelihood
+from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
 
 GREEDY = dict(do_sample=False, max_new_tokens=14, min_new_tokens=14)
-BOTH_OPTIMIZERS = pytest.mark.parametrize(
-    "settings",
-    [dict(inference_optimizer="natural"), dict(inference_optimizer="adamw", inference_learning_rate=0.3)],
-    ids=["natural", "adamw"],
-)
 
 
 def distance(actual, expected):
@@ -31,9 +26,20 @@ def assert_near(actual, expected, tolerance):
     assert actual.num_non_finite == 0
 
 
+@pytest.fixture(params=["memory", "adamw"])
+def way(request):
+    """A way to infer for each reader."""
+    return request.param
+
+
 @pytest.fixture
-def latents(make_noise):
-    return make_noise(3, 2, 2, 32)
+def model(make_thinker, way):
+    return make_thinker(way)
+
+
+@pytest.fixture
+def latents(model, make_noise):
+    return make_noise(3, *model.config.latent_shape)
 
 
 @pytest.fixture
@@ -48,29 +54,28 @@ DTYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.2),
 
 
 @DTYPES
-@BOTH_OPTIMIZERS
-def test_half_precision(model, folder, ids, latents, settings, dtype, tolerance):
+def test_half_precision(model, way, folder, ids, latents, dtype, tolerance):
     half = LTMForCausalLM.from_pretrained(folder, dtype=dtype)
     assert {parameter.dtype for parameter in half.parameters()} == {dtype}
-    posterior = half.infer_posterior(ids, **settings)
-    assert_near(posterior, model.infer_posterior(ids, **settings), tolerance)
+    posterior = half.infer_posterior(ids)
+    assert_near(posterior, model.infer_posterior(ids), tolerance)
     with torch.no_grad():
         logits = half(ids, latents=latents).logits.float()
         assert distance(logits, model(ids, latents=latents).logits) < tolerance
         nll = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").sum(dim=1)
-        torch.testing.assert_close(negative_log_likelihood(half, ids, latents), nll)  # summed in float32
+        torch.testing.assert_close(negative_log_likelihood(half, Text.of(half, ids), latents), nll)  # summed in float32
         assert distance(half.elbo(ids, posterior).elbo, model.elbo(ids, posterior).elbo) < tolerance
-    text = half.generate(ids, **settings, **GREEDY)
-    assert torch.equal(text, half.generate(ids, latents=posterior.mean, **GREEDY))
-    assert (text == model.generate(ids, **settings, **GREEDY)).float().mean() > 0.75
+    text = half.generate(ids, **GREEDY)
+    assert way == "memory" or torch.equal(text, half.generate(ids, latents=posterior.mean, **GREEDY))
+    assert (text == model.generate(ids, **GREEDY)).float().mean() > 0.7
 
 
 @DTYPES
-def test_mixed_precision(make_model, ids, dtype, tolerance):
+def test_mixed_precision(make_thinker, way, ids, dtype, tolerance):
     """Both loops of a training step inside one autocast region."""
     results = []
     for enabled in (False, True):
-        model = make_model().train()
+        model = make_thinker(way).train()
         with torch.autocast("cpu", dtype=dtype, enabled=enabled):
             posterior = model.infer_posterior(ids)
             loss = model(ids, latents=posterior.mean, labels=ids).loss
@@ -80,6 +85,9 @@ def test_mixed_precision(make_model, ids, dtype, tolerance):
     assert_near(mixed_posterior, posterior, tolerance)
     assert mixed_loss.dtype == torch.float32 and distance(mixed_loss, loss) < tolerance
     for name, gradient in gradients.items():
+        if gradient is None:  # of what a memory learns by reading
+            assert mixed_gradients[name] is None and name == "model.reader.scales.log_precision"
+            continue
         assert distance(mixed_gradients[name], gradient) < 2 * tolerance, name
 
 
@@ -109,6 +117,11 @@ def count(model, kind):
     return sum(isinstance(parameter, kind) for parameter in model.parameters())
 
 
+def num_products(model):
+    """Of the layers and the reader, but for the head, which may be tied."""
+    return sum(isinstance(module, torch.nn.Linear) for module in model.model.modules())
+
+
 def dequantized(model, quantized, kind):
     """`model` with the weights that the quantised one stands for, in float32. A rounded head leaves its embeddings."""
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -119,22 +132,21 @@ def dequantized(model, quantized, kind):
 
 
 @pytest.mark.parametrize("quantize", [quantized_in_place, quantized_when_loaded])
-@BOTH_OPTIMIZERS
-def test_rounded_weights(make_model, folder, ids, latents, weights, quantize, settings):
+def test_rounded_weights(make_thinker, way, folder, ids, latents, weights, quantize):
     """Latents are differentiated through rounded matrices as through the float32 matrices that they stand for."""
     config, kind, tolerance = weights
     model = quantize(folder, config)
-    assert count(model, kind) >= 2 * 11
+    assert count(model, kind) >= num_products(model)
     logits = model(ids, latents=latents).logits
-    assert 0.001 < distance(logits, make_model()(ids, latents=latents).logits) < tolerance
-    exact = dequantized(make_model(), model, kind)
+    assert 0.001 < distance(logits, make_thinker(way)(ids, latents=latents).logits) < tolerance
+    exact = dequantized(make_thinker(way), model, kind)
     assert distance(logits, exact(ids, latents=latents).logits) < 1e-5
-    posterior = model.infer_posterior(ids, **settings)
-    assert_near(posterior, exact.infer_posterior(ids, **settings), 1e-4)
-    expected = exact.generate(ids, **settings, **GREEDY)
-    assert torch.equal(model.generate(ids, **settings, **GREEDY), expected)
+    posterior = model.infer_posterior(ids)
+    assert_near(posterior, exact.infer_posterior(ids), 1e-4)
+    expected = exact.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
     with torch.inference_mode():
-        assert torch.equal(model.generate(ids + 0, **settings, **GREEDY), expected)
+        assert torch.equal(model.generate(ids + 0, **GREEDY), expected)
 
 
 def test_rounded_weights_are_saved_and_reloaded(folder, ids, weights, tmp_path):
@@ -142,24 +154,25 @@ def test_rounded_weights_are_saved_and_reloaded(folder, ids, weights, tmp_path):
     model = quantized_when_loaded(folder, config)
     model.save_pretrained(tmp_path)
     loaded = LTMForCausalLM.from_pretrained(tmp_path)
-    assert count(loaded, kind) == count(model, kind) >= 2 * 11
+    assert count(loaded, kind) == count(model, kind) >= num_products(model)
     assert torch.equal(loaded.infer_posterior(ids).mean, model.infer_posterior(ids).mean)
     assert torch.equal(loaded.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
 
 
-def test_float8_products(make_model, ids, latents):
+def test_float8_products(make_thinker, way, ids, latents):
     """Weights, activations and what flows back all rounded, by torchao's emulation; scales by row know no batch."""
     float8 = pytest.importorskip("torchao.float8")
-    model, rounded = (make_model(initializer_range=0.1) for _ in range(2))
+    model, rounded = (make_thinker(way, initializer_range=0.1) for _ in range(2))
     config = replace(float8.Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
     float8.convert_to_float8_training(rounded, config=config, module_filter_fn=lambda _, name: name != "lm_head")
     with torch.no_grad():
         assert 0.01 < distance(rounded(ids, latents=latents).logits, model(ids, latents=latents).logits) < 0.15
     posterior = rounded.infer_posterior(ids)
-    assert_near(posterior, model.infer_posterior(ids), 0.15)
+    assert_near(posterior, model.infer_posterior(ids), 0.25)
     assert distance(posterior.mean, model.infer_posterior(ids).mean) > 0.01
     torch.testing.assert_close(rounded.infer_posterior(ids[1:]).mean, posterior.mean[1:])
-    assert torch.equal(rounded.generate(ids, **GREEDY), rounded.generate(ids, latents=posterior.mean, **GREEDY))
+    text = rounded.generate(ids, **GREEDY)
+    assert way == "memory" or torch.equal(text, rounded.generate(ids, latents=posterior.mean, **GREEDY))
 
 
 # ------------------------------------------------------------------ weights elsewhere
@@ -169,7 +182,9 @@ ON_DISK = {"model.layers.1": "disk", "model.embed_tokens": "cpu", "model.layers.
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", ON_DISK, {"": "disk"}], ids=["cpu", "auto", "layer", "all"])
-def test_device_map(model, folder, ids, latents, device_map, tmp_path):
+def test_device_map(model, way, folder, ids, latents, device_map, tmp_path):
+    if way == "memory" and device_map is ON_DISK:
+        device_map = device_map | {"model.reader": "cpu"}
     mapped = LTMForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path / "offload")
     assert any(parameter.is_meta for parameter in mapped.parameters()) == isinstance(device_map, dict)
     assert torch.equal(mapped(ids, latents=latents).logits, model(ids, latents=latents).logits)

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from ltm_hf import PRESETS, LTMForCausalLM, preset_config
+from ltm_hf import PRESETS, LTMConfig, LTMForCausalLM, preset_config
+from ltm_hf.configuration_ltm import InferenceSettings
+from ltm_hf.methods_ltm import step_size
 
 
 @pytest.mark.parametrize(
@@ -22,16 +24,32 @@ def test_shapes_of_the_paper(name, layers, latents, stride, steps):
     assert (config.vocab_size, config.sliding_window, config.max_position_embeddings) == (50258, 256, 1024)
     assert config.latent_shape == (layers, latents // layers, 512)
     assert config.latent_position_stride == stride
-    assert config.cross_attention_gate_init is None
-    settings = (config.inference_optimizer, config.inference_learning_rate, config.inference_lr_schedule)
-    assert settings == ("adamw", 0.3, "constant")
-    assert (config.num_inference_steps, config.inference_noise) == (steps, "fresh")
+    assert config.num_inference_steps == steps
 
 
-def test_tiny_preset_runs():
-    model = LTMForCausalLM(preset_config("ltm-tiny"))
+@pytest.mark.parametrize("name", ["ltm-tiny-paper", "ltm-small", "ltm-medium", "ltm-large"])
+def test_readers_and_inference_of_the_paper(name):
+    """In each layer, without a gate; AdamW at 0.3, noise fresh at each step of Algorithm 1."""
+    config = preset_config(name)
+    assert config.reading_layers == [*range(config.num_hidden_layers)] and config.latent_gate_init is None
+    settings = InferenceSettings.of(config)
+    assert (settings.inference_method, settings.inference_noise) == ("adamw", "fresh")
+    assert [step_size(settings, step) for step in (0, 15)] == [0.3, 0.3]
+    assert settings.inference_kl_weight == 1.0
+
+
+@pytest.mark.parametrize("name", ["ltm-tiny", "ltm-small-memory"])
+def test_the_default_is_a_memory(name):
+    config = preset_config(name)
+    assert config.has_memory and config.num_latents == LTMConfig().num_latents == 64
+    assert InferenceSettings.of(config) == InferenceSettings.of(LTMConfig())
+
+
+@pytest.mark.parametrize("name", ["ltm-tiny", "ltm-tiny-paper"])
+def test_tiny_presets_run(name):
+    model = LTMForCausalLM(preset_config(name))
     ids = torch.arange(2, 42).view(2, 20)
-    posterior = model.infer_posterior(ids)
+    posterior = model.infer_posterior(ids, num_inference_steps=2)
     output = model(ids, latents=posterior.mean, labels=ids)
     assert output.logits.shape == (2, 20, model.config.vocab_size)
     assert output.loss.isfinite()
@@ -47,3 +65,9 @@ def test_fields_can_be_overridden(name):
 def test_unknown_preset():
     with pytest.raises(ValueError, match="ltm-huge.*ltm-small"):
         preset_config("ltm-huge")
+
+
+def test_unknown_field():
+    with pytest.raises(ValueError, match="no field 'num_latent'; did you mean 'num_latents'"):
+        preset_config("ltm-tiny", num_latent=3)
+    assert preset_config("ltm-tiny", rope_theta=500.0).rope_parameters["rope_theta"] == 500.0

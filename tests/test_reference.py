@@ -89,5 +89,5 @@ def test_greedy_continuation(model, expected, use_cache):
 def test_inference_settings_of_the_released_code(model):
     config = model.config
     assert (config.num_inference_steps, config.inference_learning_rate) == (8, 0.3)
-    assert (config.inference_optimizer, config.inference_lr_schedule) == ("adamw", "cosine")
-    assert (config.inference_noise, config.inference_weight_decay) == ("fixed", 0.01)
+    assert (config.inference_method, config.inference_lr_schedule) == ("adamw", "cosine")
+    assert (config.inference_noise, config.inference_kl_weight) == ("fixed", 1.0)

@@ -11,20 +11,6 @@ import torch
 
 from ltm_hf import LTMForCausalLM, LTMModel
 
-FILES = [
-    "attention_ltm.py",
-    "cache_ltm.py",
-    "configuration_ltm.py",
-    "decoder_ltm.py",
-    "encoder_ltm.py",
-    "generation_ltm.py",
-    "layers_ltm.py",
-    "losses_ltm.py",
-    "modeling_ltm.py",
-    "posterior_ltm.py",
-    "sharded_ltm.py",
-]
-
 STRANGER = r"""
 import json, shutil, sys
 from pathlib import Path
@@ -91,7 +77,7 @@ def folder(model, tmp_path):
     return tmp_path / "saved"
 
 
-def test_loads_where_the_package_is_not_installed(model, ids, folder, tmp_path):
+def test_loads_where_the_package_is_not_installed(model, ids, folder, tmp_path, travelling_files):
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_MODULES_CACHE")}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
@@ -114,18 +100,18 @@ def test_loads_where_the_package_is_not_installed(model, ids, folder, tmp_path):
     with torch.no_grad():
         states = model.model(ids, latents=model.sample_prior(3, seed=0)).last_hidden_state
     assert seen["states"] == pytest.approx(states.sum().item(), abs=1e-3)
-    assert sorted(path.name for path in (tmp_path / "again").glob("*.py")) == FILES
+    assert sorted(path.name for path in (tmp_path / "again").glob("*.py")) == travelling_files
 
 
-def test_files_and_their_imports(folder):
-    assert sorted(path.name for path in folder.glob("*.py")) == FILES
-    for name in FILES:
+def test_files_and_their_imports(folder, travelling_files):
+    assert sorted(path.name for path in folder.glob("*.py")) == travelling_files
+    for name in travelling_files:
         for node in ast.walk(ast.parse((folder / name).read_text())):
             if isinstance(node, ast.Import):
                 assert all(alias.name.split(".")[0] != "ltm_hf" for alias in node.names), name
             elif isinstance(node, ast.ImportFrom) and node.level:
                 # Anything else is not copied, or fails where it is loaded.
-                assert node.level == 1 and node.module and f"{node.module}.py" in FILES, name
+                assert node.level == 1 and node.module and f"{node.module}.py" in travelling_files, name
             elif isinstance(node, ast.ImportFrom):
                 # safetensors and huggingface_hub are transformers' own requirements.
                 assert node.module.split(".")[0] in {
@@ -135,9 +121,9 @@ def test_files_and_their_imports(folder):
 
 
 @pytest.mark.parametrize("model_class", [LTMModel, LTMForCausalLM])
-def test_every_saved_class_loads_through_every_auto_class(make_model, tmp_path, model_class):
+def test_every_saved_class_loads_through_every_auto_class(make_model, tmp_path, model_class, travelling_files):
     make_model(model_class).save_pretrained(tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("*.py")) == FILES
+    assert sorted(path.name for path in tmp_path.glob("*.py")) == travelling_files
     assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {
         "AutoConfig", "AutoModel", "AutoModelForCausalLM",
     }  # fmt: skip

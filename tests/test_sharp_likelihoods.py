@@ -36,16 +36,16 @@ def excess(decoder, mean, log_variance):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "steps", "share"),
+    ("method", "steps", "share"),
     [
         *(("natural", *pair) for pair in ((1, 1.5), (2, 0.9), (4, 0.7), (16, 0.2), (64, 0.04))),
         *(("lbfgs", *pair) for pair in ((1, 1.5), (2, 0.9), (4, 0.9), (16, 0.9), (64, 0.9))),
     ],
 )
-def test_no_number_of_steps_diverges(sharp, optimizer, steps, share):
+def test_no_number_of_steps_diverges(sharp, method, steps, share):
     """What is left of the prior's excess; the noise of a single step may cost more than it brings."""
     prior, fitted = (
-        infer_posterior(sharp, sharp.texts(TEXTS), num_inference_steps=number, inference_optimizer=optimizer)
+        infer_posterior(sharp, sharp.texts(TEXTS), num_inference_steps=number, inference_method=method)
         for number in (0, steps)
     )
     at_prior, left = (excess(sharp, q.mean, q.log_variance) for q in (prior, fitted))
@@ -92,7 +92,7 @@ def naive_lbfgs(decoder, rate, steps):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_lbfgs_against_its_matrices(four_directions, steps):
     fitted = infer_posterior(
-        four_directions, four_directions.texts(2), num_inference_steps=steps, inference_optimizer="lbfgs",
+        four_directions, four_directions.texts(2), num_inference_steps=steps, inference_method="lbfgs",
         inference_learning_rate=0.2,
     )  # fmt: skip
     mean, precision = naive_lbfgs(four_directions, 0.2, steps)
@@ -105,7 +105,7 @@ def test_lbfgs_against_its_matrices(four_directions, steps):
 def test_lbfgs_finds_the_mode_and_the_curvature_of_a_few_directions(four_directions):
     precision, shift = four_directions.precision()
     fitted = infer_posterior(
-        four_directions, four_directions.texts(2), num_inference_steps=12, inference_optimizer="lbfgs"
+        four_directions, four_directions.texts(2), num_inference_steps=12, inference_method="lbfgs"
     )
     mode = torch.linalg.solve(precision, shift)
     for row in range(2):

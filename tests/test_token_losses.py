@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ltm_hf import losses_ltm
+from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
 from ltm_hf.losses_ltm import token_losses
-from ltm_hf.posterior_ltm import negative_log_likelihood
 
 VOCABULARY, HIDDEN = 61, 32
 
@@ -140,14 +140,14 @@ def masked(ids):
 
 
 @pytest.mark.parametrize("overrides", [{}, dict(tie_word_embeddings=False)], ids=["tied", "untied"])
-def test_likelihood_in_chunks(make_model, ids, make_noise, monkeypatch, overrides):
+def test_likelihood_in_chunks(make_model, reader, ids, make_noise, monkeypatch, overrides):
     """With padding, labels, a vocabulary that was resized, and latents that want a gradient."""
-    model, mask = make_model(**overrides).requires_grad_(False), masked(ids)
+    model, mask = make_model(latent_reader=reader, **overrides).requires_grad_(False), masked(ids)
     model.resize_token_embeddings(90)
     ids[2, 5] = 85
     labels = ids.clone()
     labels[2, 8:] = -100
-    latents = make_noise(3, 2, 2, 32).requires_grad_()
+    latents = make_noise(3, *model.config.latent_shape).requires_grad_()
     log_probabilities = model(ids, attention_mask=mask, latents=latents).logits[:, :-1].log_softmax(dim=-1)
     picked = log_probabilities.gather(-1, ids[:, 1:, None])[..., 0]
     scored = torch.tensor([[4, 11], [0, 8], [0, 7]])  # of the eleven predictions: first, last + 1
@@ -156,7 +156,7 @@ def test_likelihood_in_chunks(make_model, ids, make_noise, monkeypatch, override
 
     monkeypatch.setattr(losses_ltm, "CHUNK_BYTES", 10 * 4 * 90)
     rows = count_calls(model.lm_head)
-    nll = negative_log_likelihood(model, ids, latents, mask, labels)
+    nll = negative_log_likelihood(model, Text.of(model, ids, mask, labels), latents)
     assert rows == [8, 8, 6]  # 22 tokens, in chunks of at most 10, evenly
     torch.testing.assert_close(nll, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.autograd.grad(nll.sum(), latents)[0], expected_gradient, rtol=1e-5, atol=1e-5)
@@ -164,7 +164,7 @@ def test_likelihood_in_chunks(make_model, ids, make_noise, monkeypatch, override
 
 def test_inference_in_chunks(make_model, ids, monkeypatch):
     """The fast loop leaves no logits behind, and finds what it finds with all of them."""
-    model, whole = make_model(), make_model()
+    model, whole = (make_model(latent_reader="paper") for _ in range(2))
     whole.lm_head.register_forward_hook(lambda *call: None)
     monkeypatch.setattr(losses_ltm, "CHUNK_BYTES", 10 * 4 * VOCABULARY)
     rows = count_calls(model.lm_head)
