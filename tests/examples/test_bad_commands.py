@@ -70,7 +70,7 @@ CASES = {
     EVALUATE + " --device abacus": "there is no device 'abacus' here",
     "serve {model} --reset": "no option '--reset'",
     "chat {model} --max_new_tokenz 3": "did you mean --max_new_tokens?",
-    "ltm_hf.flops --plan nope": "invalid choice: 'nope'",
+    "ltm_hf.costs.planner --preset nope": "invalid choice: 'nope'",
     # numbers out of range
     PRETRAIN + " --block_size 33": "--block_size is 33 and the model takes 32 tokens",
     PRETRAIN + " --block_size 1": "--block_size must be 2 or more, below 2**31, got 1",
@@ -95,7 +95,7 @@ CASES = {
     "chat {model} --max_new_tokens 127": "leaves no room for a message",
     "serve {model} --port 65536": "must be an integer of 0 or more, below 2**16, got '65536'",
     GSM8K + " --problems 0": "must be an integer of 1 or more, below 2**31, got '0'",
-    "ltm_hf.planner --plan ltm-small --gpus 0": "num_gpus must be an integer of 1 or more, got 0",
+    "ltm_hf.costs.planner --preset ltm-small --gpus 0": "num_gpus must be an integer of 1 or more, got 0",
     # what would do nothing
     "pretrain --prepared ''": "--prepared is empty",
     PRETRAIN + """ --config_overrides '{{"problem_type": "regression"}}'""": "LTMConfig has no field 'problem_type'",
@@ -109,7 +109,7 @@ CASES = {
     PRETRAIN + """ --train_tokenizer 300 --config_overrides '{{"vocab_size": 400}}'""": "vocab_size is the tokenizer's",
     PRETRAIN + """ --config_overrides '{{"num_latents": 0}}' --num_inference_steps 3""": "with a model without latents",
     EVALUATE + " --model {plain} --num_particles 2": "--num_particles does nothing with models without latents",
-    FINETUNE + " --model {plain} --inference_start_ratio 0.5": "with a model without latents",
+    FINETUNE + " --model {plain} --infer_from prompt": "with a model without latents",
     "generate {plain} --prompt hello --num_inference_steps 3": "with a model without latents",
     "pretrain --prepared {mine} --tokenizer gpt2": "--tokenizer does nothing with --prepared",
     "prepare_data out --dataset_config_name main": "--dataset_config_name does nothing without --dataset_name",
@@ -124,7 +124,7 @@ CASES = {
     "serve {model} --message hello --max_tokens 500": "500 new tokens are asked for",
     "serve {model} --max_tokens 3": "--max_tokens does nothing without --message",
     GSM8K + " --greedy --samples 2": "--samples does nothing with --greedy",
-    "ltm_hf.flops --gpus 8": "--gpus does nothing without --plan",
+    "ltm_hf.costs.planner --preset ltm-tiny --num-inference-steps 3": "does nothing with ltm-tiny, whose training has",
     # what is not there, or not whole
     PRETRAIN + " --files {nowhere}.txt": "There is no file",
     "pretrain --prepared {nowhere}": "There is no prepared data",
