@@ -54,8 +54,8 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
         eval_from_prompt: of rows with a prompt, the exact loss by the mean of q(z | prompt), as in greedy generation.
         eval_prediction_sampled, eval_second_half: of a memory (`Prediction`).
         eval_elbo_trace and the others of the fast loop: see `monitor`, which also warns of what goes wrong.
-        inference_seconds a step, tokens_per_second (scored, all processes) and, on a GPU of `monitor.PEAK_TFLOPS`, mfu:
-            the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
+        inference_seconds a step, where inference runs before it; tokens_per_second (scored, all processes) and, on a
+            GPU of `monitor.PEAK_TFLOPS`, mfu: the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
 
     Raises TypeError for arguments without the fields of `DualRateArguments`, ValueError for a model that is no LTM or
     does not fit to the objective, for prompt learning of PEFT, for rows that hold several texts (`position_ids`), and
@@ -225,7 +225,9 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
             figures |= {"kl": kl} if objective.has_kl else {}
             figures |= {"bound": bound} if objective.has_kl else {}
             figures["gain"] = self._gain()
-            figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
+            if objective.infers_first:
+                steps = self.state.global_step - self._since[0]
+                figures["inference_seconds"] = self._sums["inference_seconds"] / steps
             if sums["non_finite_rows"]:
                 figures["non_finite_rows"] = sums["non_finite_rows"]
         if self._peak_flops:
