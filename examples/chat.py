@@ -2,8 +2,9 @@
 
 python examples/chat.py outputs/ltm-tiny
 
-It thinks about the whole conversation before each answer. /think N sets for how many steps, of a memory how often it
-reads the conversation; /reset forgets the conversation, /quit leaves. Options, and what it does without the package ltm_hf, are those of generate.py beside it.
+It thinks about the whole conversation before each answer. /think N sets for how many steps (a memory: how often it
+reads the conversation), /reset forgets the conversation, /quit leaves. Options, and what it does without the package
+ltm_hf, are those of generate.py beside it.
 """
 
 import sys

@@ -43,7 +43,9 @@ def parser_for(description):
     parser = Parser(description=description)
     parser.add_argument("model", help="folder of a checkpoint, or its name on the Hub")
     parser.add_argument("--max_new_tokens", type=positive_int, help="default: 100, or what the model has room for")
-    parser.add_argument("--num_inference_steps", type=count, help="how long to think; of a memory, how often to read the prompt")
+    parser.add_argument(
+        "--num_inference_steps", type=count, help="how long to think (a memory: how often to read the prompt)"
+    )
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
     parser.add_argument("--temperature", type=temperature, help="of sampling; default 1.0")
     parser.add_argument("--top_p", type=share, help="of sampling; default 0.9")

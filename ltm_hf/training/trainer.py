@@ -263,6 +263,14 @@ def _without_noise(decoder) -> None:
     decoder.get_input_embeddings().eval()
 
 
+def without_logits(trainer, inputs: dict) -> dict:
+    """Inputs for a loss alone, unless `trainer` reads logits for it."""
+    # Without logits in the output, ZeRO-3 takes the head's weight for in use when the next fast loop gathers it.
+    zero3 = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+    reads = trainer.compute_loss_func is not None or "labels" not in inputs or zero3
+    return inputs if reads else {**inputs, "loss_reduction": "mean"}
+
+
 class LTMTrainer(ModelCardMixin, DualRateMixin, Trainer):
     """transformers' `Trainer` with the step of `DualRateMixin`, which says what it logs and evaluates.
 
@@ -275,10 +283,7 @@ class LTMTrainer(ModelCardMixin, DualRateMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer`'s. All logits exist only for who reads them: the caller, or a loss function of the user's."""
-        # Without logits in the output, ZeRO-3 takes the head's weight for in use when the next fast loop gathers it.
-        zero3 = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
-        if not return_outputs and self.compute_loss_func is None and "labels" in inputs and not zero3:
-            inputs = {**inputs, "loss_reduction": "mean"}
+        inputs = inputs if return_outputs else without_logits(self, inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
     def _get_dataloader(self, dataset, *args, **kwargs):
