@@ -1,9 +1,10 @@
 """Talk with a Latent Thought Model in the terminal, from a folder or the Hub.
 
-python examples/chat.py outputs/ltm-tiny --num_inference_steps 16
+python examples/chat.py outputs/ltm-tiny
 
-It thinks about the whole conversation before each answer. /think N sets for how many steps, /reset forgets the
-conversation, /quit leaves. Options, and what it does without the package ltm_hf, are those of generate.py beside it.
+It thinks about the whole conversation before each answer. /think N sets for how many steps (a memory: how often it
+reads the conversation), /reset forgets the conversation, /quit leaves. Options, and what it does without the package
+ltm_hf, are those of generate.py beside it.
 """
 
 import sys

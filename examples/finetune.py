@@ -41,12 +41,6 @@ RECIPE = dict(
     report_to="none",
 )
 
-FIGURES = {
-    "eval_loss": "what training lowers: a predictor's loss, or a bound where latents are fitted to the answer",
-    "eval_from_prompt": "a predictor's loss: latents from the prompt only, as in generation",
-    "eval_no_latents": "the same without latents",
-}
-
 
 @dataclass
 class ModelArguments:
@@ -106,6 +100,21 @@ def parse():
     if not data.files and not data.dataset_name:
         data.dataset_name, data.dataset_config_name = "openai/gsm8k", "main"
     return options, data, args, named
+
+
+def meanings(objective):
+    """What is printed of an evaluation: figures by name, and what they are."""
+    if objective.pays_kl:
+        loss = "a bound: latents fitted to the answer itself, and their KL"
+    elif objective.perplexity:
+        loss = "a predictor's loss: each token from what comes before it"
+    else:
+        loss = "given latents that have no variance: no bound where they are fitted to the answer"
+    return {
+        "eval_loss": loss,
+        "eval_from_prompt": "a predictor's loss: latents from the prompt only, as in generation",
+        "eval_no_latents": "a predictor's loss without latents",
+    }
 
 
 def load_model(options, output_dir):
@@ -175,7 +184,7 @@ def main():
         return
 
     print(f"\n{len(held_out)} held-out rows, nats a scored token:\n")
-    for name, meaning in FIGURES.items():
+    for name, meaning in meanings(trainer.objective).items():
         if name in after:
             print(f"{name:17} {before[name]:.3f} -> {after[name]:.3f}  {meaning}")
     inputs = prompt_inputs(held_out[0], tokenizer).to(model.device)

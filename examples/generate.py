@@ -1,7 +1,8 @@
 """Let a Latent Thought Model write, from a folder or the Hub.
 
-python examples/generate.py outputs/ltm-tiny --prompt "The people" --num_inference_steps 16
-python examples/generate.py outputs/ltm-tiny                  # no prompt
+python examples/generate.py outputs/ltm-tiny --prompt "The people"
+python examples/generate.py outputs/ltm-tiny-paper --prompt "The people" --num_inference_steps 64    # think for longer
+python examples/generate.py outputs/ltm-tiny                                                         # no prompt
 
 Without the package ltm_hf, --trust_remote_code lets the Python in the model's folder do it.
 """
@@ -42,7 +43,9 @@ def parser_for(description):
     parser = Parser(description=description)
     parser.add_argument("model", help="folder of a checkpoint, or its name on the Hub")
     parser.add_argument("--max_new_tokens", type=positive_int, help="default: 100, or what the model has room for")
-    parser.add_argument("--num_inference_steps", type=count, help="how long to think; default: the model's own")
+    parser.add_argument(
+        "--num_inference_steps", type=count, help="how long to think (a memory: how often to read the prompt)"
+    )
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
     parser.add_argument("--temperature", type=temperature, help="of sampling; default 1.0")
     parser.add_argument("--top_p", type=share, help="of sampling; default 0.9")

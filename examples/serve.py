@@ -1,7 +1,7 @@
 """Serve a Latent Thought Model to OpenAI clients.
 
-python examples/serve.py outputs/ltm-tiny --message "Hello" --num_inference_steps 16    # serve, ask, print, stop
-python examples/serve.py outputs/ltm-tiny --port 8000 --device cuda                     # serve until interrupted
+python examples/serve.py outputs/ltm-tiny --message "Hello"              # serve, ask, print, stop
+python examples/serve.py outputs/ltm-tiny --port 8000 --device cuda      # serve until interrupted
 
 Needs `pip install "transformers[serving]"`.
 """
@@ -53,7 +53,9 @@ def parse():
     parser = serving.parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--message", help="serve on a free port, ask this, print the answer and stop")
     parser.add_argument("--max_tokens", type=cli.positive_int, default=omit, help="of the answer")
-    parser.add_argument("--num_inference_steps", type=cli.count, help="how long to think about the message")
+    parser.add_argument(
+        "--num_inference_steps", type=cli.count, help="how long to think (a memory: how often to read the message)"
+    )
     parser.add_argument("--do_sample", action="store_true", help="instead of the likeliest token each time")
     named, options = cli.given(parser), parser.parse_args()
     asking = ("max_tokens", "num_inference_steps", "do_sample")

@@ -46,6 +46,7 @@ class Objective:
     """What a slow step learns from, for one run: a model's configuration and training arguments.
 
     description: a line, for logs and cards.
+    infers_first: whether inference runs before the slow step, not within it.
     has_kl: whether inference gives a KL. pays_kl: whether the loss's bound includes it.
     """
 
@@ -61,6 +62,7 @@ class Objective:
     def check(cls, config, args) -> None:
         """Raise a ValueError, before any work, for arguments that do not fit."""
 
+    infers_first: ClassVar[bool] = True
     has_kl: bool = False
     pays_kl: bool = False
     perplexity: str | None = "perplexity"  # what exp(loss + KL) is; None: of a loss that bounds nothing
@@ -260,6 +262,7 @@ class Prediction(Objective):
     figures = {"prediction": "loss", "prediction_sampled": "prediction_sampled", "no_latents": "no_latents"}
     description = "each token predicted from a sample of the posterior given the tokens before it"
     infers_from = "text"
+    infers_first = False
 
     @classmethod
     def check(cls, config, args):

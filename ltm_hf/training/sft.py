@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from transformers import Trainer
+
 try:
     from trl import SFTConfig, SFTTrainer
 except ImportError:
@@ -12,7 +14,7 @@ from ..data.packing import real_tokens
 from .arguments import DualRateArguments
 from .card_mixin import ModelCardMixin
 from .checks import READ, check_columns, check_some
-from .trainer import DualRateMixin
+from .trainer import DualRateMixin, without_logits
 
 MASKS = ("completion_mask", "assistant_masks")  # which TRL makes labels of
 
@@ -42,7 +44,18 @@ class LTMSFTConfig(DualRateArguments, SFTConfig):
         super().__post_init__()
 
 
-class LTMSFTTrainer(ModelCardMixin, DualRateMixin, SFTTrainer):
+class _SFTTrainer(SFTTrainer):
+    """TRL's, whose loss goes past the model to its body and its head, between which a memory is read."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.model.config.has_memory:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not return_outputs and self.label_smoother is None:
+            inputs = without_logits(self, inputs)
+        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+
+
+class LTMSFTTrainer(ModelCardMixin, DualRateMixin, _SFTTrainer):
     """TRL's `SFTTrainer` with the step, figures and evaluation of `DualRateMixin`, and the card of `ModelCardMixin`.
 
     Takes `LTMSFTConfig`, the data sets of `SFTTrainer` (`prompt` and `completion`, `messages`, `text`) and, for an
@@ -50,7 +63,8 @@ class LTMSFTTrainer(ModelCardMixin, DualRateMixin, SFTTrainer):
     score either; `infer_from` says whether the latents are fitted to it. In rows that are token ids already, padding
     that an `attention_mask` marks is taken off.
     With objective="elbo_trajectory", `num_tokens` counts a token once for each forward pass of the slow step.
-    A special token that a text or a message names is spelt by its letters.
+    A special token that a text or a message names is spelt by its letters. With a memory, TRL's own figures (entropy,
+    token accuracy, num_tokens) are not logged.
     """
 
     def __init__(self, model, args=None, data_collator=None, train_dataset=None, eval_dataset=None, *others, **kwargs):

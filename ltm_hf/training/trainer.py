@@ -54,8 +54,8 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
         eval_from_prompt: of rows with a prompt, the exact loss by the mean of q(z | prompt), as in greedy generation.
         eval_prediction_sampled, eval_second_half: of a memory (`Prediction`).
         eval_elbo_trace and the others of the fast loop: see `monitor`, which also warns of what goes wrong.
-        inference_seconds a step, tokens_per_second (scored, all processes) and, on a GPU of `monitor.PEAK_TFLOPS`, mfu:
-            the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
+        inference_seconds a step, where inference runs before it; tokens_per_second (scored, all processes) and, on a
+            GPU of `monitor.PEAK_TFLOPS`, mfu: the share of its dense bfloat16 FLOPs that `training_flops` accounts for.
 
     Raises TypeError for arguments without the fields of `DualRateArguments`, ValueError for a model that is no LTM or
     does not fit to the objective, for prompt learning of PEFT, for rows that hold several texts (`position_ids`), and
@@ -225,7 +225,9 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
             figures |= {"kl": kl} if objective.has_kl else {}
             figures |= {"bound": bound} if objective.has_kl else {}
             figures["gain"] = self._gain()
-            figures["inference_seconds"] = self._sums["inference_seconds"] / (self.state.global_step - self._since[0])
+            if objective.infers_first:
+                steps = self.state.global_step - self._since[0]
+                figures["inference_seconds"] = self._sums["inference_seconds"] / steps
             if sums["non_finite_rows"]:
                 figures["non_finite_rows"] = sums["non_finite_rows"]
         if self._peak_flops:
@@ -261,6 +263,14 @@ def _without_noise(decoder) -> None:
     decoder.get_input_embeddings().eval()
 
 
+def without_logits(trainer, inputs: dict) -> dict:
+    """Inputs for a loss alone, unless `trainer` reads logits for it."""
+    # Without logits in the output, ZeRO-3 takes the head's weight for in use when the next fast loop gathers it.
+    zero3 = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+    reads = trainer.compute_loss_func is not None or "labels" not in inputs or zero3
+    return inputs if reads else {**inputs, "loss_reduction": "mean"}
+
+
 class LTMTrainer(ModelCardMixin, DualRateMixin, Trainer):
     """transformers' `Trainer` with the step of `DualRateMixin`, which says what it logs and evaluates.
 
@@ -273,10 +283,7 @@ class LTMTrainer(ModelCardMixin, DualRateMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As `Trainer`'s. All logits exist only for who reads them: the caller, or a loss function of the user's."""
-        # Without logits in the output, ZeRO-3 takes the head's weight for in use when the next fast loop gathers it.
-        zero3 = any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
-        if not return_outputs and self.compute_loss_func is None and "labels" in inputs and not zero3:
-            inputs = {**inputs, "loss_reduction": "mean"}
+        inputs = inputs if return_outputs else without_logits(self, inputs)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
     def _get_dataloader(self, dataset, *args, **kwargs):

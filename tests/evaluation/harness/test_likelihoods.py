@@ -1,34 +1,23 @@
-"""The harness's figures against the definitions, one request at a time; and its own command line, on tasks of ours."""
+"""The harness's figures against the definitions, one request at a time."""
 
-import importlib
-import json
 import math
-import runpy
-import sys
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GPT2Config
 
 pytest.importorskip("lm_eval")
 
-import datasets
-import lm_eval.tasks
-from lm_eval.api.registry import model_registry
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from ltm_hf import elbo, infer_posterior
-from ltm_hf.data import set_chat_template, train_tokenizer
+from ltm_hf.data import set_chat_template
 from ltm_hf.evaluation import lm_eval as module
 from ltm_hf.evaluation.lm_eval import HFLTM
 from ltm_hf.likelihood_ltm import Text, negative_log_likelihood
 from ltm_hf.memory_ltm import prior_state, state_of
 
-LENGTH = 16  # of the model's sequences, in tokens
-STEPS, SEED = 4, 3
+LENGTH, STEPS, SEED = 16, 4, 3  # as the conftest has them
 FOX = "the quick brown fox"
 
 # Contexts and continuations: several lengths; shared contexts; continuations of one token and of several; one text cut
@@ -46,63 +35,6 @@ PAIRS = [
     ("the cat sat on the mat and the dog sat on the log and the cat sat on the mat", " z y x w v"),
 ]
 ROLLED = ["the cat sat on the mat", f"the cat sat on the log {FOX} jumped", "a", "the dog"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer(["the cat sat on the mat and the dog sat on the log"] * 5, 270)
-
-
-@pytest.fixture(scope="module")
-def make(make_model, tokenizer):
-    def make(**overrides):
-        ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        return make_model(vocab_size=len(tokenizer), max_position_embeddings=LENGTH, **ids | overrides)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def model(make):
-    return make(latent_reader="paper")
-
-
-@pytest.fixture(scope="module")
-def memory(make):
-    return make()
-
-
-@pytest.fixture(scope="module")
-def plain(make):
-    return make(num_latents=0)
-
-
-@pytest.fixture(scope="module")
-def evaluator(model, tokenizer):
-    def evaluator(model=model, cls=HFLTM, **settings):
-        if cls is HFLTM:
-            settings = dict(num_inference_steps=STEPS, inference_seed=SEED) | settings
-        return cls(model, tokenizer=tokenizer, **settings)
-
-    return evaluator
-
-
-def ask(*arguments):
-    return [SimpleNamespace(args=args, task_name="task") for args in arguments]
-
-
-@pytest.fixture
-def fits(monkeypatch):
-    """The contexts that latents are inferred from, in order, as lists of token ids."""
-    seen = []
-
-    def watch(model, input_ids, attention_mask=None, labels=None, **settings):
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        seen.extend(row[real.bool()].tolist() for row, real in zip(input_ids, mask, strict=True))
-        return infer_posterior(model, input_ids, attention_mask, labels, **settings)
-
-    monkeypatch.setattr(module, "infer_posterior", watch)
-    return seen
 
 
 def latents_of(model, context, how="mean"):
@@ -163,7 +95,7 @@ def windows(tokenizer, text):
 
 @pytest.mark.parametrize("latents", ["mean", "sample", "none"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_loglikelihood_is_its_definition(model, evaluator, tokenizer, latents, batch_size):
+def test_loglikelihood_is_its_definition(model, evaluator, tokenizer, latents, batch_size, ask):
     """In any batch: the continuation given latents of the context alone."""
     # HFLM's cache, on which "none" would rely, takes the wrong positions of a text that is cut in two ways.
     lm = evaluator(latents=latents, batch_size=batch_size, logits_cache=False)
@@ -177,7 +109,7 @@ def test_loglikelihood_is_its_definition(model, evaluator, tokenizer, latents, b
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_loglikelihood_of_a_memory_is_its_definition(memory, evaluator, tokenizer, steps, batch_size):
+def test_loglikelihood_of_a_memory_is_its_definition(memory, evaluator, tokenizer, steps, batch_size, ask):
     """In any batch: each token of the continuation by what the context and those before it have left."""
     lm = evaluator(memory, num_inference_steps=steps, batch_size=batch_size, logits_cache=False)
     answers = lm.loglikelihood(ask(*PAIRS), disable_tqdm=True)
@@ -189,7 +121,7 @@ def test_loglikelihood_of_a_memory_is_its_definition(memory, evaluator, tokenize
     assert not steps or abs(answers[0][0] - score(memory, *encode(tokenizer, *PAIRS[0]), None)[0]) > 0.1
 
 
-def test_latents_matter_here(evaluator):
+def test_latents_matter_here(evaluator, ask):
     """Else the tests above would show nothing."""
     answers = {how: evaluator(latents=how).loglikelihood(ask(*PAIRS), disable_tqdm=True) for how in module.LATENTS}
     for one, other in (("mean", "none"), ("mean", "sample")):
@@ -223,14 +155,14 @@ def test_what_generate_writes_is_greedy(model, evaluator, tokenizer):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_inference_sees_each_context_once_and_no_continuation(evaluator, tokenizer, fits, batch_size):
+def test_inference_sees_each_context_once_and_no_continuation(evaluator, tokenizer, fits, batch_size, ask):
     evaluator(batch_size=batch_size).loglikelihood(ask(*PAIRS), disable_tqdm=True)
     expected = {tuple(encode(tokenizer, *pair)[0]) for pair in PAIRS}
     assert len(fits) == len(expected) == 6
     assert set(map(tuple, fits)) == expected
 
 
-def test_choices_of_one_token_share_a_row(model, evaluator, monkeypatch):
+def test_choices_of_one_token_share_a_row(model, evaluator, monkeypatch, ask):
     rows = []
     forward = HFLTM._logits
     monkeypatch.setattr(HFLTM, "_logits", lambda self, texts, *z: rows.extend(texts) or forward(self, texts, *z))
@@ -239,7 +171,7 @@ def test_choices_of_one_token_share_a_row(model, evaluator, monkeypatch):
     assert len(rows) == 1 and len({likelihood for likelihood, _ in answers}) == 4
 
 
-def test_an_empty_context_is_begin_of_text_and_its_latents_the_priors(evaluator, tokenizer, fits):
+def test_an_empty_context_is_begin_of_text_and_its_latents_the_priors(evaluator, tokenizer, fits, ask):
     """One token leaves nothing to explain: the prior's mean is zero, which is as no latents."""
     thinking = evaluator().loglikelihood(ask(("", "the mat")), disable_tqdm=True)
     assert fits == [[tokenizer.bos_token_id]]
@@ -247,7 +179,7 @@ def test_an_empty_context_is_begin_of_text_and_its_latents_the_priors(evaluator,
     assert thinking[0][0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_begin_of_text_stands_once(evaluator, tokenizer, fits):
+def test_begin_of_text_stands_once(evaluator, tokenizer, fits, ask):
     """The tokenizer puts it before a context; a chat template that has written it is left alone."""
     set_chat_template(tokenizer)
     lm = evaluator(max_length=64)
@@ -259,7 +191,7 @@ def test_begin_of_text_stands_once(evaluator, tokenizer, fits):
     assert len(fits) == 2
 
 
-def test_a_batch_size_is_searched_for_with_inference(evaluator, fits):
+def test_a_batch_size_is_searched_for_with_inference(evaluator, fits, ask):
     """Inference needs more memory than a forward pass: a size that it does not fit must not be chosen."""
     reference = evaluator().loglikelihood(ask(*PAIRS), disable_tqdm=True)
     fits.clear()
@@ -280,7 +212,7 @@ def test_a_batch_size_is_searched_for_with_inference(evaluator, fits):
     assert lm.batch_sizes == {0: 2}
 
 
-def test_answers_are_cached_by_their_strings(evaluator):
+def test_answers_are_cached_by_their_strings(evaluator, ask):
     """For the harness's --use_cache; windows of a rolling likelihood are only kept as a whole."""
     kept = {}
     lm = evaluator()
@@ -292,7 +224,7 @@ def test_answers_are_cached_by_their_strings(evaluator):
     assert kept == {("loglikelihood_rolling", (FOX,)): rolled}
 
 
-def test_mixed_precision(evaluator):
+def test_mixed_precision(evaluator, ask):
     """bfloat16 has 8 bits: near the same answers, but not the same."""
     exact, rounded = (
         [answer for answer, _ in evaluator(mixed_precision_dtype=dtype).loglikelihood(ask(*PAIRS), disable_tqdm=True)]
@@ -306,7 +238,7 @@ def test_mixed_precision(evaluator):
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 @pytest.mark.parametrize("stride", [3, None])
-def test_rolling_latents_come_from_before(model, evaluator, tokenizer, fits, stride, batch_size):
+def test_rolling_latents_come_from_before(model, evaluator, tokenizer, fits, stride, batch_size, ask):
     lm = evaluator(rolling_stride=stride, batch_size=batch_size, add_bos_token=False)
     answers = lm.loglikelihood_rolling(ask(*[(text,) for text in ROLLED]), disable_tqdm=True)
     step, contexts = stride or LENGTH // 2, []
@@ -323,7 +255,7 @@ def test_rolling_latents_come_from_before(model, evaluator, tokenizer, fits, str
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_rolling_of_a_memory_needs_no_stride(memory, evaluator, tokenizer, batch_size):
+def test_rolling_of_a_memory_needs_no_stride(memory, evaluator, tokenizer, batch_size, ask):
     lm = evaluator(memory, num_inference_steps=1, batch_size=batch_size, add_bos_token=False)
     answers = lm.loglikelihood_rolling(ask(*[(text,) for text in ROLLED]), disable_tqdm=True)
     for text, likelihood in zip(ROLLED, answers, strict=True):
@@ -331,7 +263,7 @@ def test_rolling_of_a_memory_needs_no_stride(memory, evaluator, tokenizer, batch
         assert likelihood == pytest.approx(expected, abs=1e-3)
 
 
-def test_without_latents_the_stride_changes_nothing(evaluator):
+def test_without_latents_the_stride_changes_nothing(evaluator, ask):
     """The chain rule: the decoder reads the same tokens, so an autoregressive model's figure is comparable."""
     requests = ask(*[(text,) for text in ROLLED])
     harness = evaluator(cls=HFLM).loglikelihood_rolling(requests, disable_tqdm=True)
@@ -341,7 +273,7 @@ def test_without_latents_the_stride_changes_nothing(evaluator):
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
-def test_rolling_bound(model, evaluator, tokenizer, batch_size):
+def test_rolling_bound(model, evaluator, tokenizer, batch_size, ask):
     """-(NLL + KL) of each window with fresh noise, its first token given."""
     lm = evaluator(rolling="bound", batch_size=batch_size, add_bos_token=False)
     answers = lm.loglikelihood_rolling(ask(*[(text,) for text in ROLLED]), disable_tqdm=True)
@@ -356,7 +288,7 @@ def test_rolling_bound(model, evaluator, tokenizer, batch_size):
         assert bound == pytest.approx(expected, abs=1e-3)
 
 
-def test_the_bound_is_below_the_likelihood(model, evaluator, tokenizer):
+def test_the_bound_is_below_the_likelihood(model, evaluator, tokenizer, ask):
     """Of a short text, whose exact likelihood is estimated by samples of the prior."""
     (bound,) = evaluator(rolling="bound", add_bos_token=False).loglikelihood_rolling(ask(("th",)), disable_tqdm=True)
     ids = torch.tensor([tokenizer("th").input_ids])
@@ -366,7 +298,7 @@ def test_the_bound_is_below_the_likelihood(model, evaluator, tokenizer):
     assert bound < exact
 
 
-def test_rolling_settings_leave_loglikelihoods_alone(evaluator):
+def test_rolling_settings_leave_loglikelihoods_alone(evaluator, ask):
     answers = [
         evaluator(**settings).loglikelihood(ask(*PAIRS), disable_tqdm=True)
         for settings in ({}, {"rolling": "bound"}, {"rolling_stride": 1})
@@ -374,7 +306,7 @@ def test_rolling_settings_leave_loglikelihoods_alone(evaluator):
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_the_harness_scores_begin_of_text_unless_told_not_to(evaluator, model, tokenizer):
+def test_the_harness_scores_begin_of_text_unless_told_not_to(evaluator, model, tokenizer, ask):
     """As the class says: with a tokenizer that begins each text with it."""
     lm, without = (evaluator(latents="none", add_bos_token=add) for add in (None, False))
     rolled = [one.loglikelihood_rolling(ask(("the cat",)), disable_tqdm=True)[0] for one in (lm, without)]
@@ -382,244 +314,3 @@ def test_the_harness_scores_begin_of_text_unless_told_not_to(evaluator, model, t
     tokens = tokenizer("the cat", add_special_tokens=False).input_ids
     assert rolled[0] == pytest.approx(score(model, bos, bos + tokens, None)[0], abs=1e-4)
     assert rolled[1] == pytest.approx(score(model, bos, tokens, None)[0], abs=1e-4)
-
-
-# ------------------------------------------------------------------ generation
-
-PROMPTS = ["the cat", FOX, "the dog sat on the", "a"]
-
-
-def generated(lm, **settings):
-    settings = dict(until=[], max_gen_toks=6, do_sample=False) | settings
-    return lm.generate_until(ask(*[(prompt, dict(settings)) for prompt in PROMPTS]), disable_tqdm=True)
-
-
-@pytest.mark.parametrize("kind", ["memory", "model"])
-@pytest.mark.parametrize("batch_size", [1, 4])
-def test_generate_until_is_generate(kind, evaluator, tokenizer, batch_size, request):
-    model = request.getfixturevalue(kind)
-    texts = generated(evaluator(model, batch_size=batch_size))
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids[:, -(LENGTH - 6) :]
-        output = model.generate(ids, num_inference_steps=STEPS, inference_seed=SEED, do_sample=False, max_new_tokens=6)
-        written = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        assert text == written
-    assert generated(evaluator(model, latents="none")) != texts  # latents matter here
-
-
-def test_stop_strings(evaluator):
-    whole = generated(evaluator(batch_size=2))
-    stop = next(letter for text in whole for letter in text[1:-1] if letter.isascii() and letter.isalnum())
-    texts = generated(evaluator(batch_size=2), until=[stop])
-    assert texts == [text.split(stop)[0] for text in whole] != whole
-
-
-def test_a_sample_of_latents_is_the_same_in_any_batch(evaluator):
-    texts = []
-    for size in (1, 4):
-        torch.manual_seed(size)  # is no matter
-        texts.append(generated(evaluator(latents="sample", batch_size=size)))
-    assert texts[0] == texts[1] != generated(evaluator(latents="mean"))
-    assert generated(evaluator(latents="sample", inference_seed=SEED + 1)) != texts[0]
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    generated(evaluator(latents="sample"))
-    assert torch.rand(1) == expected  # torch's generator is left alone
-
-
-def test_sampled_texts_follow_torchs_generator(evaluator):
-    lm = evaluator(latents="sample")
-    texts = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        texts.append(generated(lm, do_sample=True, temperature=1.0))
-    assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.parametrize("kind", ["memory", "model"])
-def test_no_latents_are_the_decoder_alone(kind, evaluator, tokenizer, request):
-    model = request.getfixturevalue(kind)
-    texts = generated(evaluator(model, latents="none", batch_size=4))
-    for prompt, text in zip(PROMPTS, texts, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids[:, -(LENGTH - 6) :]
-        written = []
-        with torch.no_grad():
-            while len(written) < 6 and tokenizer.eos_token_id not in written:
-                written.append(model(ids).logits[0, -1].argmax().item())
-                ids = torch.cat([ids, torch.tensor([written[-1:]])], dim=1)
-        assert text == tokenizer.decode(written, skip_special_tokens=True)
-
-
-def test_gen_kwargs_go_before_the_models_settings(evaluator, fits):
-    steps = generated(evaluator(num_inference_steps=0), num_inference_steps=STEPS)
-    assert steps == generated(evaluator()) != generated(evaluator(num_inference_steps=0))
-
-
-# ------------------------------------------------------------------ as HFLM
-
-
-def test_a_model_without_latents_is_hflm(evaluator, plain):
-    pair = [evaluator(plain, cls=cls, batch_size=3) for cls in (HFLTM, HFLM)]
-    requests, rolled = ask(*PAIRS), ask(*[(text,) for text in ROLLED])
-    ours, theirs = (
-        (
-            lm.loglikelihood(requests, disable_tqdm=True),
-            lm.loglikelihood_rolling(rolled, disable_tqdm=True),
-            generated(lm),
-            lm.get_model_info(),
-        )
-        for lm in pair
-    )
-    assert ours == theirs
-
-
-def test_what_was_measured_is_in_the_results(evaluator, make):
-    lm = evaluator(num_inference_steps=None, model=make(latent_reader="paper", num_inference_steps=7))
-    expected = dict(latents="mean", num_inference_steps=7, inference_seed=SEED, rolling="prefix", rolling_stride=8)
-    assert expected.items() <= lm.get_model_info().items()
-    info = evaluator(num_inference_steps=None, model=make(num_inference_steps=7)).get_model_info()
-    assert dict(latents="mean", num_inference_steps=7).items() <= info.items() and "rolling_stride" not in info
-
-
-# ------------------------------------------------------------------ errors
-
-
-@pytest.mark.parametrize(
-    "settings, sentence",
-    [
-        ({"latents": "median"}, "^latents must be one of mean, sample, none; got 'median'.$"),
-        ({"rolling": "loose"}, "^rolling must be one of prefix, bound; got 'loose'.$"),
-        ({"rolling": "bound", "latents": "none"}, "leaves nothing to bound"),
-        ({"inference_seed": "x"}, "^inference_seed must be an integer, got 'x'.$"),
-        ({"rolling_stride": 0}, "^rolling_stride must be None or an integer of 1 or more, got 0.$"),
-        ({"num_inference_steps": -1}, "^num_inference_steps must be an integer of 0 or more, got -1.$"),
-    ],
-)
-def test_settings_that_cannot_work(evaluator, settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        evaluator(**settings)
-
-
-@pytest.mark.parametrize(
-    "overrides, settings, sentence",
-    [
-        ({}, {"latents": "sample"}, "^latents must be mean or none for a memory"),
-        ({}, {"rolling_stride": 4}, "^rolling_stride is of latents that are inferred anew: a memory infers at each"),
-        ({}, {"rolling": "bound"}, "^rolling='bound' is of latents fitted with a variance to the whole text"),
-        ({"latent_reader": "paper", "inference_method": "langevin"}, {"rolling": "bound"}, "^rolling='bound' is of"),
-    ],
-)
-def test_settings_that_a_model_cannot_have(evaluator, make, overrides, settings, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        evaluator(make(**overrides), **settings)
-
-
-def test_another_model_is_refused_before_it_is_loaded(tmp_path):
-    GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=1).save_pretrained(tmp_path)  # there are no weights
-    with pytest.raises(ValueError, match="^This is a 'gpt2' model, not an LTM: evaluate it with --model hf.$"):
-        HFLTM(str(tmp_path))
-
-
-def test_requests_that_do_not_fit(evaluator):
-    with pytest.raises(ValueError, match="1 to 16 tokens .max_length.; got 1 and 17"):
-        evaluator()._loglikelihood_tokens([(("", ""), [1], [3] * 17)])
-    with pytest.raises(ValueError, match="got 0 and 1"):
-        evaluator()._loglikelihood_tokens([(("", ""), [], [3])])
-    assert evaluator()._loglikelihood_tokens([]) == []
-
-
-def test_the_harness_is_optional(monkeypatch):
-    monkeypatch.delitem(sys.modules, "ltm_hf.evaluation.lm_eval")
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=r'^ltm_hf.evaluation.lm_eval needs .*: pip install "ltm_hf\[eval\]"$'):
-        importlib.import_module("ltm_hf.evaluation.lm_eval")
-
-
-# ------------------------------------------------------------------ the command line
-
-TASKS = {
-    "ltm_choice": """
-        output_type: multiple_choice
-        doc_to_text: "{{question}}"
-        doc_to_choice: "{{choices}}"
-        target_delimiter: ""
-        doc_to_target: "{{answer}}"
-        metric_list: [{metric: acc}]
-    """,
-    "ltm_rolling": """
-        output_type: loglikelihood_rolling
-        doc_to_text: ""
-        doc_to_target: "{{question}}"
-        metric_list: [{metric: bits_per_byte}]
-    """,
-    "ltm_writing": """
-        output_type: generate_until
-        doc_to_text: "{{question}}"
-        doc_to_target: "{{written}}"
-        generation_kwargs: {until: ["\\n"], max_gen_toks: 6, do_sample: false}
-        metric_list: [{metric: exact_match}]
-    """,
-}
-
-
-def test_the_harness_own_command_line(tmp_path, monkeypatch, model, tokenizer, evaluator, capsys):
-    """A multiple choice, a perplexity and a text, from a saved folder, as `python -m ltm_hf.evaluation.lm_eval`."""
-    questions = ["the cat sat on", "the dog sat on the mat and the cat sat on the log and on the", FOX]
-    choices = [" the mat", " a log", " dogs"]
-    written = evaluator().generate_until(
-        ask(*[(question, dict(until=["\n"], max_gen_toks=6, do_sample=False)) for question in questions])
-    )
-    scores = []
-    for question in questions:
-        pairs = [encode(tokenizer, question, choice) for choice in choices]
-        scores.append([score(model, *pair, latents_of(model, pair[0]))[0] for pair in pairs])
-    answers = [max(range(3), key=row.__getitem__) for row in scores]
-    answers[2] = (answers[2] + 1) % 3  # two of three right
-    written[0] = "something else"  # two of three right
-
-    folder = tmp_path / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    rows = [
-        dict(question=question, choices=choices, answer=answer, written=text)
-        for question, answer, text in zip(questions, answers, written, strict=True)
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for name, lines in TASKS.items():
-        data = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
-        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {json.dumps(data)}\ntest_split: test\n"
-        (tmp_path / f"{name}.yaml").write_text(head + "\n".join(line.strip() for line in lines.splitlines()))
-
-    for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # the command sets it: put back after
-    monkeypatch.setattr(
-        lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False)
-    )  # thousands of files
-    monkeypatch.delitem(model_registry._objs, "ltm")  # the module runs once more, as a program
-    monkeypatch.delitem(sys.modules, "ltm_hf.evaluation.lm_eval")
-    arguments = {
-        "--model": "ltm",
-        "--model_args": f"pretrained={folder},num_inference_steps={STEPS},inference_seed={SEED},rolling_stride=4",
-        "--tasks": ",".join(TASKS),
-        "--include_path": str(tmp_path),
-        "--batch_size": "2",
-        "--output_path": str(tmp_path / "results.json"),
-    }
-    monkeypatch.setattr(sys, "argv", ["lm_eval", *(word for pair in arguments.items() for word in pair)])
-    runpy.run_module("ltm_hf.evaluation.lm_eval", run_name="__main__")
-
-    (path,) = tmp_path.glob("results*.json")
-    results = json.loads(path.read_text())
-    assert "|ltm_choice" in capsys.readouterr().out
-    assert results["config"]["rolling_stride"] == 4
-    figures = {name: results["results"][name] for name in TASKS}
-    assert figures["ltm_choice"]["acc,none"] == pytest.approx(2 / 3)
-    assert figures["ltm_writing"]["exact_match,none"] == pytest.approx(2 / 3)
-    rolled = evaluator(rolling_stride=4).loglikelihood_rolling(ask(*[(question,) for question in questions]))
-    expected = -sum(rolled) / sum(map(len, questions)) / math.log(2)
-    assert figures["ltm_rolling"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-4)
