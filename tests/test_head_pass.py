@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ltm_hf import losses_ltm
-from ltm_hf.losses_ltm import Gathered, HeadPass, KnownLoss
+from ltm_hf.losses_ltm import HeadPass, KnownLoss
 
 VOCABULARY, HIDDEN = 61, 32
 close = torch.testing.assert_close
@@ -138,45 +138,3 @@ def test_a_known_loss_gives_the_gradients_that_it_was_given(head, states, target
     pairs = (torch.autograd.grad(-2.5 * x, [states, head.weight]) for x in (loss, expected))
     for actual, value in zip(*pairs, strict=True):
         close(actual, value, rtol=1e-5, atol=1e-6)
-
-
-# ------------------------------------------------------------------ weights that are gathered
-
-
-class Sharded(nn.Linear):
-    """As FSDP2 makes it: `unshard` gathers the weight, hooks do so around each call."""
-
-    gathered = 0
-
-    def unshard(self):
-        self.gathered += 1
-
-
-def test_gathered_weights_are_used_without_hooks(states):
-    module = Sharded(HIDDEN, VOCABULARY, bias=False).to(torch.bfloat16)
-    expected = module(states.to(torch.bfloat16))
-    module.register_forward_pre_hook(lambda *call: pytest.fail("A hook was called."))
-    gathered = Gathered.if_sharded(module)
-    assert module.gathered == 1 and gathered.out_features == VOCABULARY
-    assert torch.equal(gathered(states), expected)
-    assert gathered.weight is module.weight
-    plain = nn.Linear(HIDDEN, VOCABULARY)
-    assert Gathered.if_sharded(plain) is plain
-    # A norm, too, which has no features to count.
-    norm = nn.RMSNorm(HIDDEN)
-    norm.unshard = lambda: None
-    assert torch.equal(Gathered.if_sharded(norm)(states), norm(states))
-
-
-def test_a_gathered_head_is_passed_over_in_chunks(states, targets):
-    """Its errors; its weight learns by a call of its own."""
-    module = Sharded(HIDDEN, VOCABULARY, bias=False)
-    calls, forward = [], module.forward
-    module.forward = lambda x: calls.append(len(x)) or forward(x)
-    expected, slope, _ = naive(module, states, targets, torch.ones(10))
-    calls.clear()
-    head_pass = HeadPass(Gathered.if_sharded(module))
-    nats, gradient = head_pass(states, targets, torch.ones(10))
-    close(nats, expected)
-    close(gradient, slope)
-    assert calls == [4, 4, 2] and head_pass.weight_gradient is None
