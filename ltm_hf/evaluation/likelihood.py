@@ -33,7 +33,7 @@ DESCRIPTIONS = {
     "iw": "importance-weighted bound by so many samples of the posterior; never above `bound` on average",
     "nll": "NLL given latents fitted to the same text, without their cost: no bound",
     "kl": "what those latents cost; with nll, the bound",
-    "prediction": "exact loss of a memory, each token by the posterior given those before it; compare with an AR model's",
+    "prediction": "exact loss of a memory: each token given those before it; compare with an AR model's `no_latents`",
     "prediction_sampled": "loss of the same by a fresh sample for each token; bounds that of their mixture",
     "no_latents": "exact loss without latents",
     "prior": "NLL given latents drawn from the prior: thoughts about nothing",
