@@ -372,15 +372,18 @@ def report(plan: Plan) -> str:
     lines = {
         "batch": f"{plan.per_device} sequences a GPU x {plan.accumulation} accumulated x {plan.num_gpus} GPU(s) "
         f"= {effective} a step",
-        "memory": f"{_gib(memory.peak)} a GPU, the larger of slow step {_gib(memory.slow_step)} and "
-        f"fast loop {_gib(memory.fast_loop)}",
-        "  both": f"weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, Adam {_gib(memory.adam)}, "
-        f"logits {_gib(memory.slow_logits)}",
-        "  slow step": f"activations {_gib(memory.slow_activations)}",
-        "  fast loop": f"activations {_gib(memory.fast_activations)}, latents {_gib(memory.latents)}",
+        "memory": f"{_gib(memory.peak)} a GPU",
+        "  kept": f"weights {_gib(memory.weights)}, gradients {_gib(memory.gradients)}, Adam {_gib(memory.adam)}",
+        "  slow step": f"activations {_gib(memory.slow_activations)}, logits {_gib(memory.slow_logits)}",
+        "  fast loop": f"activations {_gib(memory.fast_activations)}, logits {_gib(memory.fast_logits)}, "
+        f"latents {_gib(memory.latents)}",
         "time": f"{plan.days:.2f} days: {plan.num_steps:,} steps of {plan.seconds_per_step:.2f} s",
         "FLOPs": f"{plan.flops:.3g} by the paper's account, {plan.library_flops:.3g} in this library",
     }
+    if memory.fast_activations:  # else there is no fast loop
+        lines["memory"] += f", the larger of slow step {_gib(memory.slow_step)} and fast loop {_gib(memory.fast_loop)}"
+    else:
+        del lines["  fast loop"]
     return "\n".join(f"{name:<12}{line}" for name, line in lines.items())
 
 

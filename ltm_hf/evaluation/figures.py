@@ -121,7 +121,7 @@ def errors_over(count: int, what: str) -> str:
 def over_blocks(result: dict) -> str:
     """What the figures of a study of posterior means are over, as a sentence."""
     return (
-        f"{errors_over(result['num_blocks'], 'block').capitalize()}; {result['num_inference_steps']} inference steps; "
+        f"{errors_over(result['num_blocks'], 'block').capitalize()}; inference steps: {result['num_inference_steps']}; "
         "latents at their posterior mean."
     )
 

@@ -133,7 +133,7 @@ def plot_topic_probe(result: dict, path: str | Path) -> None:
     chance = 100 * result["same_class_by_chance"]
     axes.axvline(chance, color="grey", ls="--", lw=1, label=f"by chance {chance:.1f}")
     axes.legend(fontsize=8, loc="lower right")
-    thinking = f"{result['num_inference_steps']} inference steps"
+    thinking = f"inference steps: {result['num_inference_steps']}"
     figure.suptitle(f"{result['num_test']} test texts, {thinking}; bars are standard errors over texts", fontsize=10)
     figure.savefig(path, dpi=120)
 

@@ -294,7 +294,7 @@ def interpolation_markdown(result: dict) -> str:
     return (
         f"{markdown_rows(rows)}\n\n{verdicts} All in nats a token at the mean of the posterior between, changes "
         f"against no latents ({plain}); {errors_over(result['num_pairs'], 'pair')}; "
-        f"{result['num_inference_steps']} inference steps.\n\n{markdown_rows(texts)}"
+        f"inference steps: {result['num_inference_steps']}.\n\n{markdown_rows(texts)}"
     )
 
 

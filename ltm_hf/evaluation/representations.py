@@ -374,7 +374,7 @@ def topic_probe_markdown(result: dict) -> str:
     verdicts = " ".join(_verdict(name, difference) for name, difference in result["difference"].items())
     return (
         f"{markdown_rows(rows)}\n\n{verdicts} Logistic regression on {result['num_train']} texts, ± standard error "
-        f"over {result['num_test']} test texts; {result['num_inference_steps']} inference steps. Neighbours: the "
+        f"over {result['num_test']} test texts; inference steps: {result['num_inference_steps']}. Neighbours: the "
         f"{result['num_neighbours']} nearest training texts by cosine. Texts: {result['source']}.\n\n"
         f"{markdown_rows(examples)}"
     )

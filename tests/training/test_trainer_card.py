@@ -83,7 +83,7 @@ def check_card(folder, trainer, step, tokens):
 
 @pytest.mark.parametrize(
     ("reader", "settings", "how"),
-    [("paper", {"num_inference_steps": 3}, "by 3 inference steps"), ("memory", {}, "of a next-token predictor")],
+    [("paper", {"num_inference_steps": 3}, "by 3 inference steps"), ("memory", {}, "each token given those before it")],
 )
 def test_each_checkpoint_has_its_own_card(make_trainer, make_model, tmp_path, reader, settings, how):
     facts = dict(dataset_name=DATA, license="mit", language="en")
