@@ -1,8 +1,12 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from ltm_hf import PRESETS, LTMConfig, LTMForCausalLM, preset_config
 from ltm_hf.configuration_ltm import InferenceSettings
+from ltm_hf.costs.flops import count_parameters, training_flops
 from ltm_hf.methods_ltm import step_size
 
 
@@ -71,3 +75,14 @@ def test_unknown_field():
     with pytest.raises(ValueError, match="no field 'num_latent'; did you mean 'num_latents'"):
         preset_config("ltm-tiny", num_latent=3)
     assert preset_config("ltm-tiny", rope_theta=500.0).rope_parameters["rope_theta"] == 500.0
+
+
+def test_the_table_of_the_docs():
+    """docs/train.md says of each preset what this implementation computes."""
+    page = (Path(__file__).parents[1] / "docs" / "train.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (\w+) \| ([\d,]+) \| ([\d.]+) ([MG]) \|$", page, re.MULTILINE)
+    assert [name for name, *_ in rows] == [*PRESETS]
+    for name, reader, parameters, number, unit in rows:
+        config = preset_config(name)
+        assert (reader, parameters) == (config.latent_reader, f"{count_parameters(config):,}")
+        assert float(number) == float(f"{training_flops(config).training_step / {'M': 1e6, 'G': 1e9}[unit]:.3g}")

@@ -206,9 +206,9 @@ def table(sequence_length: int | None = None, attention: str = "dense") -> str:
             (
                 name,
                 f"{count_parameters(config):,}",
-                str(config.num_inference_steps),
+                str(config.num_inference_steps) if ours.fast_step else "–",
                 *(f"{cost / 1e6:,.1f}" for cost in costs),
-                f"{ours.fast_step / ours.forward:.2f}",
+                f"{ours.fast_step / ours.forward:.2f}" if ours.fast_step else "–",
                 f"{ours.training_step / paper:.2f}",
             )
         )
@@ -229,7 +229,7 @@ def main() -> None:
     print(
         "\nMFLOPs per token. paper: (T + 1)(6 P + 12 L D S / 2), the published account. The rest is this "
         f"implementation,\ndecoder frozen in the fast loop, {args.attention} attention. training: T fast steps and "
-        "the slow one; /paper: its ratio to the paper's."
+        "the slow one; /paper: its ratio\nto the paper's. A memory infers within the slow step: it has no fast ones."
     )
 
 
