@@ -51,9 +51,9 @@ class Recording(LTMTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def rows_of(folder, make_model, checkpoint=None, **arguments):
+def rows_of(folder, make_model, checkpoint=None, save_steps=30, **arguments):
     args = LTMTrainingArguments(
-        output_dir=str(folder), max_steps=30, warmup_steps=0, save_steps=1, report_to="none", use_cpu=True,
+        output_dir=str(folder), max_steps=30, warmup_steps=0, save_steps=save_steps, report_to="none", use_cpu=True,
         disable_tqdm=True, num_inference_steps=0, **arguments,
     )  # fmt: skip
     trainer = Recording(
@@ -66,11 +66,11 @@ def rows_of(folder, make_model, checkpoint=None, **arguments):
 
 def test_another_batch_size_goes_on_in_the_same_order(tmp_path, make_model):
     """Under Trainer: from step 4 on batches of 3 x 2, from step 9 on of 5."""
-    whole = rows_of(tmp_path / "1", make_model, per_device_train_batch_size=2)
+    whole = rows_of(tmp_path / "1", make_model, save_steps=4, per_device_train_batch_size=2)
     assert sorted(whole[:11]) == sorted(whole[11:22]) == list(range(11)) and whole[:11] != whole[11:22]
     first = whole[:8]
     then = rows_of(
-        tmp_path / "2", make_model, f"{tmp_path}/1/checkpoint-4",
+        tmp_path / "2", make_model, f"{tmp_path}/1/checkpoint-4", save_steps=9,
         per_device_train_batch_size=3, gradient_accumulation_steps=2,
     )[:30]  # fmt: skip
     last = rows_of(tmp_path / "3", make_model, f"{tmp_path}/2/checkpoint-9", per_device_train_batch_size=5)
