@@ -113,7 +113,7 @@ class MemoryReader(nn.Module):
 
 @dataclass
 class MemoryState:
-    """What reading a text has left: of constant size, whatever the length. All float32, but for the residual.
+    """What reading a text has left: of constant size, whatever the length. All float32.
 
     mean, precision: (B, H, N, d) and (B, H, N, 1), of the posterior that the present chunk reads.
     moved, sharpened: of the same shapes, what the chunk has added so far.
@@ -153,7 +153,7 @@ class MemoryState:
     def where(self, rows: torch.Tensor, other: "MemoryState") -> "MemoryState":
         """The other's rows where `rows` (B,) is False."""
         pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return MemoryState(*(torch.where(rows.view(-1, *[1] * (a.ndim - 1)), a, b.to(a.dtype)) for a, b in pairs))
+        return MemoryState(*(torch.where(rows.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
 
     def committed(self) -> "MemoryState":
         """With what the chunk has added in the posterior."""
@@ -369,7 +369,7 @@ def think(
     begun = isinstance(state, MemoryState)
     offset = state.count % reader.chunk if begun else None
     if begun:
-        state = _close(reader, norm, head_pass, state, lesson)
+        state = _close(reader, norm, head_pass, state, lesson, hidden_states.dtype)
     else:
         state = MemoryState.of(state.float(), hidden_states.shape[-1])  # FSDP2 casts what goes in
     grid = Grid(hidden_states.shape[:2], reader.chunk, mask, offset)
@@ -427,12 +427,13 @@ def _errors(reader, norm, head_pass, hidden, read, targets, scores):
     return residual.detach(), nats.view(targets.shape), gradient, errors.float()
 
 
-def _close(reader, norm, head_pass, state, lesson: Lesson) -> MemoryState:
+def _close(reader, norm, head_pass, state, lesson: Lesson, dtype: torch.dtype) -> MemoryState:
     """With the error of the last token read, now that the next one is known."""
     rows = state.open if lesson.mask is None else state.open & lesson.mask.any(dim=1)
     targets = torch.where(rows, lesson.first, IGNORED)[:, None]
-    nothing = reader.heads_apart(torch.zeros_like(state.residual))
-    _, _, _, errors = _errors(reader, norm, head_pass, state.residual, nothing, targets, None)
+    residual = state.residual.to(dtype)
+    nothing = reader.heads_apart(torch.zeros_like(residual))
+    _, _, _, errors = _errors(reader, norm, head_pass, residual, nothing, targets, None)
     moved, sharpened = reader.gains(state.weights, errors)
     return MemoryState(state.mean, state.precision, state.moved + moved, state.sharpened + sharpened,
                        state.count, state.weights, state.residual, state.open & ~rows)  # fmt: skip
@@ -440,7 +441,7 @@ def _close(reader, norm, head_pass, state, lesson: Lesson) -> MemoryState:
 
 def _left_open(state, weights, residual, mask) -> MemoryState:
     """The state after a text, whose last token's error is yet to come."""
-    length = residual.shape[1]
+    length, residual = residual.shape[1], residual.float()
     if mask is None:
         last, rows, count = weights[:, :, -1:], residual[:, -1:], length
         return MemoryState(state.mean, state.precision, state.moved, state.sharpened, state.count + count,
