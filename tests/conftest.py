@@ -1,8 +1,10 @@
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from ltm_hf import LTMConfig, LTMForCausalLM, LTMModel
 
@@ -237,6 +239,23 @@ def chat_folder(make_model, tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chat_folders(chat_folder, make_model, tmp_path_factory):
+    """Two as `chat_folder`, by reader; the memory reads less strongly, so that it does not write spaces alone."""
+    config = LTMConfig.from_pretrained(chat_folder)
+    names = ("vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+    folders = {}
+    for reader in CONFIGS:
+        model = make_model(latent_reader=reader, **{name: getattr(config, name) for name in names})
+        model.generation_config = GenerationConfig.from_pretrained(chat_folder)
+        if reader == "memory":
+            torch.nn.init.constant_(model.model.reader.scales.log_read, math.log(0.5))
+        folders[reader] = tmp_path_factory.mktemp("chat") / reader
+        shutil.copytree(chat_folder, folders[reader], ignore=shutil.ignore_patterns("*.safetensors"))
+        model.save_pretrained(folders[reader])
+    return folders
 
 
 class Quadratic(torch.nn.Module):

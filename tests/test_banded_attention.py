@@ -39,8 +39,8 @@ def calls(monkeypatch):
 def pair(make_model):
     """The default, and the reference."""
 
-    def make(**overrides):
-        banded, whole = make_model(**overrides), make_model(**overrides)
+    def make(reader="paper", **overrides):
+        banded, whole = (make_model(latent_reader=reader, **overrides) for _ in range(2))
         whole.set_attn_implementation("sdpa")
         assert banded.config._attn_implementation == "banded_sdpa"
         return banded, whole
@@ -85,10 +85,10 @@ def test_gradients_and_padding(pair, make_ids, make_noise, block, calls, side, o
         close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_inference(pair, make_ids, block):
+def test_inference(pair, reader, make_ids, block):
     ids = make_ids(3, LENGTH)
     mask = padded(ids, "left")
-    actual, expected = (model.infer_posterior(ids, mask, num_inference_steps=3) for model in pair())
+    actual, expected = (model.infer_posterior(ids, mask, num_inference_steps=3) for model in pair(reader))
     close(actual.mean, expected.mean, rtol=1e-4, atol=1e-4)
     close(actual.elbo_trace, expected.elbo_trace, rtol=1e-5, atol=1e-3)
 
@@ -127,8 +127,8 @@ def test_the_whole_mask_where_it_must_be(pair, make_ids, block, calls, why, monk
     assert len(calls) == 2 and min(queries for queries, _ in calls) > 5
 
 
-def test_decoding(pair, make_ids, block):
-    banded, whole = pair()
+def test_decoding(pair, reader, make_ids, block):
+    banded, whole = pair(reader)
     ids, greedy = make_ids(2, LENGTH), dict(do_sample=False, max_new_tokens=6, min_new_tokens=6)
     assert torch.equal(banded.generate(ids, **greedy), whole.generate(ids, **greedy))
 
@@ -141,11 +141,11 @@ def test_where_blocks_pay(window, length, block):
     assert band_block(window, length) == block
 
 
-def test_a_checkpoint_does_not_name_it(model, tmp_path):
+def test_a_checkpoint_does_not_name_it(memory_model, tmp_path):
     """Neither a default nor a choice is saved, so that other code can load it; a choice is taken."""
-    model.save_pretrained(tmp_path)
+    memory_model.save_pretrained(tmp_path)
     assert "banded" not in (tmp_path / "config.json").read_text()
     for given, expected in ((None, "banded_sdpa"), ("sdpa", "sdpa"), ("eager", "eager")):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=given)
         assert loaded.config._attn_implementation == loaded.model.config._attn_implementation == expected
-    assert LTMForCausalLM(model.config).config._attn_implementation == "banded_sdpa"
+    assert LTMForCausalLM(memory_model.config).config._attn_implementation == "banded_sdpa"
