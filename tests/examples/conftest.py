@@ -1,15 +1,11 @@
 """What the examples' tests share: scripts in a process of their own, and one small run."""
 
-import math
 import multiprocessing
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, GenerationConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 AS_A_SCRIPT = """
@@ -56,23 +52,6 @@ def run(start):
         return result
 
     return run
-
-
-@pytest.fixture(scope="session")
-def chat_folders(chat_folder, make_model, tmp_path_factory):
-    """Two as `chat_folder`, by reader; the memory reads less strongly, so that it does not write spaces alone."""
-    config = AutoConfig.from_pretrained(chat_folder)
-    names = ("vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
-    folders = {}
-    for reader in ("memory", "paper"):
-        model = make_model(latent_reader=reader, **{name: getattr(config, name) for name in names})
-        model.generation_config = GenerationConfig.from_pretrained(chat_folder)
-        if reader == "memory":
-            torch.nn.init.constant_(model.model.reader.scales.log_read, math.log(0.5))
-        folders[reader] = tmp_path_factory.mktemp("chat") / reader
-        shutil.copytree(chat_folder, folders[reader], ignore=shutil.ignore_patterns("*.safetensors"))
-        model.save_pretrained(folders[reader])
-    return folders
 
 
 @pytest.fixture(scope="session", params=["ltm-tiny", "ltm-tiny-paper"])
