@@ -10,6 +10,8 @@ from ltm_hf import LTMConfig, LTMForCausalLM, LTMModel
 
 PAD, BOS, EOS = 0, 1, 2
 
+torch.set_num_threads(1)  # models are tiny, and more threads only wait for each other
+
 # The Python files that a checkpoint takes along.
 FILES = [
     "attention_ltm.py",

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 AS_A_SCRIPT = """
@@ -18,6 +19,13 @@ os.chdir(place)
 sys.argv, sys.path[:0] = words, [os.path.dirname(words[0])]
 runpy.run_path(words[0], run_name="__main__")
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Whatever a command that runs in this process asks for."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
