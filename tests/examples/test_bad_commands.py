@@ -150,7 +150,7 @@ CASES = {
     "prepare_data {mine} --files {docs}": "is not empty and holds no prepared data",
     "prepare_data {file} --files {docs}": "is not a folder",
     "evaluate --model {model} --output_dir {file}": "is not a folder",
-    "figures {mine}": "is a folder",
+    "figures memory {mine}": "is a folder",
     CONVERT + " {list} {params} {mine}": "is not empty",
 }  # fmt: skip
 

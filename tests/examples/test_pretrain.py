@@ -73,8 +73,8 @@ def test_writes_in_a_process_without_the_package(trained, arguments, tmp_path, m
 
 
 def test_picture_of_the_architecture(run, tmp_path):
-    run(EXAMPLES / "figures.py", tmp_path / "architecture.png")
-    assert (tmp_path / "architecture.png").read_bytes().startswith(b"\x89PNG")
+    run(EXAMPLES / "figures.py", "memory", tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_first_figures_too_come_from_the_device(make_tester, tmp_path):
