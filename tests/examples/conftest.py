@@ -40,7 +40,9 @@ def start(tmp_path_factory):
     def start(*arguments):
         folder = tmp_path_factory.mktemp("said")
         words, said = list(map(str, arguments)), [folder / "stdout", folder / "stderr"]
-        names = {"words": words, "said": said, "environment": dict(os.environ), "place": os.getcwd()}
+        environment = dict(os.environ)
+        environment.pop("OMP_NUM_THREADS", None)  # of 1, pretrain.py takes more, as accelerate gives it one
+        names = {"words": words, "said": said, "environment": environment, "place": os.getcwd()}
         process = context.Process(target=exec, args=(AS_A_SCRIPT, names))
         process.start()
         return process, said
