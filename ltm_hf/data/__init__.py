@@ -4,6 +4,7 @@ Blocks to train on join documents (`packing`), as they are needed or once and ke
 are each of one document (`documents`).
 """
 
+from .builtin import CORPORA
 from .chat import encode_chat, load_conversations, prompt_inputs, set_chat_template
 from .corpora import load_corpus
 from .documents import document_blocks, prefix_blocks
@@ -12,6 +13,7 @@ from .shards import load_prepared, prepare
 from .tokenization import encode, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "CORPORA",
     "collate_blocks",
     "document_blocks",
     "encode",

