@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..data import collate_blocks
 from ..data.numbers import check_at_least
 from ..likelihood_ltm import Text
-from .figures import evaluating, ratio_and_error
+from .figures import evaluating
 from .likelihood import no_text_yet
 
 THETAS = (4.0, 8.0, 16.0, 32.0, 64.0)
@@ -56,7 +56,7 @@ class _Places(NamedTuple):
 
 @torch.no_grad()
 def tune_cache(model, blocks, batch_size: int = 16) -> ContinuousCache:
-    """The best of `THETAS` and `WEIGHTS` on blocks that are not those to be scored. Arguments as in `score_cache`."""
+    """The best of `THETAS` and `WEIGHTS` on blocks that are not those to be scored. Arguments as in `cache_losses`."""
     sums = dict.fromkeys(map(ContinuousCache._make, product(THETAS, WEIGHTS)), 0.0)
     for places in _batches(model, blocks, batch_size):
         votes = {theta: places.votes(theta) for theta in THETAS}
@@ -66,18 +66,14 @@ def tune_cache(model, blocks, batch_size: int = 16) -> ContinuousCache:
 
 
 @torch.no_grad()
-def score_cache(model, blocks, cache: ContinuousCache, batch_size: int = 16) -> tuple[float, float]:
-    """Nats a token of a model with a cache beside it, and the standard error over documents (else over blocks).
+def cache_losses(model, blocks, cache: ContinuousCache, batch_size: int = 16) -> torch.Tensor:
+    """(blocks, S - 1) nats of each token of a model with a cache beside it.
 
     model: a decoder of this package; one with a memory reads that as well. blocks: rows with `input_ids`, all of one
-    length. Raises ValueError for blocks of several.
+    length S. Raises ValueError for blocks of several.
     """
-    nats = torch.cat(
-        [places.nats(cache, places.votes(cache.theta)).sum(dim=1) for places in _batches(model, blocks, batch_size)]
-    )
-    tokens = torch.full(nats.shape, len(blocks[0]["input_ids"]) - 1, dtype=torch.float64)
-    documents = torch.tensor([blocks[index].get("document", index) for index in range(len(blocks))])
-    return ratio_and_error(nats.double().cpu(), tokens, documents)
+    batches = _batches(model, blocks, batch_size)
+    return torch.cat([places.nats(cache, places.votes(cache.theta)).cpu() for places in batches])
 
 
 def _batches(model, blocks, batch_size: int) -> Iterator[_Places]:
