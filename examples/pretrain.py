@@ -21,6 +21,7 @@ from transformers import set_seed
 from ltm_hf import LTMForCausalLM, cli, preset_config
 from ltm_hf.data import CORPORA, load_corpus, load_prepared, load_tokenizer, pack, train_tokenizer
 from ltm_hf.evaluation import evaluate_likelihood, markdown_table
+from ltm_hf.evaluation.beside_twin import beside_twin, most_helped
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, check_run, plot_curves
 from ltm_hf.training.objectives import objective_of, step_flops
 
@@ -45,6 +46,7 @@ RECIPES = {
     "ltm-large": PAPER,
     "ltm-small-memory": PAPER,
 }
+TUNING_BLOCKS = 64  # held out, by which the twin's continuous cache is tuned
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -90,7 +92,10 @@ class DataArguments:
     )
     block_size: int | None = field(default=None, metadata={"help": "Tokens of a block; default: the model's most."})
     eval_blocks: int = field(default=128, metadata={"help": "Validation blocks for each figure."})
-    prompt: str = field(default="The people of the United States", metadata={"help": "Text to complete at the end."})
+    prompt: str | None = field(
+        default=None,
+        metadata={"help": "Text to complete at the end; default: of a held-out block, where thinking saves most."},
+    )
 
     def __post_init__(self):
         cli.at_least(
@@ -101,7 +106,7 @@ class DataArguments:
 
 
 def prepare_data(data, config, args):
-    """The tokenizer, blocks to train on, and a fixed choice of blocks to validate on."""
+    """The tokenizer, blocks to train on, a fixed choice of blocks to validate on, and some others held out."""
     if data.prepared:
         blocks, tokenizer = load_prepared(data.prepared), load_tokenizer(os.path.join(data.prepared, "tokenizer"))
         length = len(blocks["train"][0]["input_ids"])
@@ -112,8 +117,8 @@ def prepare_data(data, config, args):
                 f"The prepared blocks have {length} tokens and the model takes {config.max_position_embeddings}: "
                 "prepare smaller ones, or --config_overrides '{\"max_position_embeddings\": …}'."
             )
-        encode(tokenizer, data.prompt, config)
-        return tokenizer, blocks["train"], choose(blocks["validation"], data.eval_blocks)
+        check_prompt(data, tokenizer, config)
+        return tokenizer, blocks["train"], *choose(blocks["validation"], data.eval_blocks)
     corpus = load_corpus(
         data.files or data.dataset_name,
         corpus=data.corpus,
@@ -126,22 +131,25 @@ def prepare_data(data, config, args):
     else:
         rows = corpus["train"].take(100_000) if data.streaming else corpus["train"]
         tokenizer = train_tokenizer((row["text"] for row in rows), data.train_tokenizer or config.vocab_size)
-    encode(tokenizer, data.prompt, config)
+    check_prompt(data, tokenizer, config)
     block_size = data.block_size or config.max_position_embeddings
     if data.streaming:
-        validation = list(pack(corpus["validation"], tokenizer, block_size).take(data.eval_blocks))
+        held_out = list(pack(corpus["validation"], tokenizer, block_size).take(data.eval_blocks + TUNING_BLOCKS))
         shards = data.stream_shards or min(64, corpus["train"].num_shards)
         blocks = pack(corpus["train"], tokenizer, block_size, shards)
         # Each process packs parts of its own where there are enough of them; else the first packs for all. Endless: one
         # whose parts are shorter would end its epoch before the others, and wait for them where they do not come.
         args.accelerator_config.dispatch_batches = shards < args.world_size
-        return tokenizer, blocks.shuffle(seed=args.seed, buffer_size=data.shuffle_buffer).repeat(None), validation
+        blocks = blocks.shuffle(seed=args.seed, buffer_size=data.shuffle_buffer).repeat(None)
+        return tokenizer, blocks, held_out[: data.eval_blocks], held_out[data.eval_blocks :]
     blocks = pack(corpus, tokenizer, block_size)
-    return tokenizer, blocks["train"], choose(blocks["validation"], data.eval_blocks)
+    return tokenizer, blocks["train"], *choose(blocks["validation"], data.eval_blocks)
 
 
 def choose(blocks, count):
-    return blocks.shuffle(seed=0).select(range(min(count, len(blocks))))
+    """Some blocks, and `TUNING_BLOCKS` others, where there are as many."""
+    blocks, count = blocks.shuffle(seed=0), min(count, len(blocks))
+    return blocks.select(range(count)), blocks.select(range(count, min(count + TUNING_BLOCKS, len(blocks))))
 
 
 def facts_of(data):
@@ -185,14 +193,22 @@ def encode(tokenizer, prompt, config):
     return inputs
 
 
-def complete(model, tokenizer, prompt):
-    inputs = encode(tokenizer, prompt, model.config).to(model.device)
-    room = model.config.max_position_embeddings - inputs["input_ids"].shape[1]
-    set_seed(0)
-    output = model.generate(
-        **inputs, max_new_tokens=min(80, room), do_sample=True, top_p=0.9, pad_token_id=tokenizer.pad_token_id
-    )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+def check_prompt(data, tokenizer, config):
+    if data.prompt is not None:
+        encode(tokenizer, data.prompt, config)
+
+
+def complete(model, tokenizer, prompt, blocks):
+    """A text's end, and what the model writes after it: as it thinks, and without thinking."""
+    if prompt is None:
+        ids = torch.tensor([most_helped(model, blocks)], device=model.device)
+    else:
+        ids = encode(tokenizer, prompt, model.config)["input_ids"].to(model.device)
+    length = ids.shape[1]
+    settings = dict(max_new_tokens=min(32, model.config.max_position_embeddings - length), do_sample=False)
+    settings["pad_token_id"] = tokenizer.pad_token_id
+    thought, plain = (model.generate(ids, num_inference_steps=steps, **settings)[0, length:] for steps in (None, 0))
+    return [tokenizer.decode(text, skip_special_tokens=True) for text in (ids[0], thought, plain)]
 
 
 def parse():
@@ -271,7 +287,7 @@ def main():
         torch.set_num_threads(os.cpu_count())  # accelerate launch gives a process on a CPU one thread
 
     with args.main_process_first(desc="data"):
-        tokenizer, train_blocks, eval_blocks = prepare_data(data_args, preset_config(preset, **overrides), args)
+        tokenizer, train_blocks, eval_blocks, others = prepare_data(data_args, preset_config(preset, **overrides), args)
     overrides |= {name: getattr(tokenizer, name) for name in SPECIAL_TOKENS} | {"vocab_size": len(tokenizer)}
 
     data = (tokenizer, train_blocks, eval_blocks, facts_of(data_args))
@@ -283,20 +299,26 @@ def main():
         trainer.create_model_card(**figures)
     columns = {"before training": before, "after training": after}
     histories = {preset: trainer.state.log_history}
+    twin = None
     if model_args.baseline:
         twin_config = preset_config(preset, **overrides | {"num_latents": 0})
         twin, _, columns["autoregressive twin"] = train(twin_config, of_twin(args), *data)
         twin.create_model_card(likelihood=columns["autoregressive twin"])
         histories["autoregressive twin"] = twin.state.log_history
 
-    completion = complete(trainer.model, tokenizer, data_args.prompt)  # on all processes, which may hold a part each
+    # On all processes, which may hold a part each.
+    prompt, thought, plain = complete(trainer.model, tokenizer, data_args.prompt, eval_blocks)
+    if twin is not None and len(others):
+        table = beside_twin(trainer.model, twin.model, eval_blocks, others, args.per_device_eval_batch_size)
+    else:
+        table = markdown_table(columns)
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
         plot_curves(histories, folder / "curves.png")
-        print(f"\nValidation, {after.num_blocks} blocks, {after.num_tokens:,} tokens:\n\n{markdown_table(columns)}")
-        print(f"\n{completion}")
+        print(f"\nValidation, {after.num_blocks} blocks, {after.num_tokens:,} tokens:\n\n{table}")
+        print(f"\nA held-out text:\n{prompt}\n\nGoes on, thinking:\n{thought}\n\nWithout thinking:\n{plain}")
         print(f"\nModel, tokenizer, code, model card and curves.png are in {folder}. Try it:")
-        print(f"python examples/generate.py {folder} --prompt {shlex.quote(data_args.prompt)}")
+        print(f"python examples/generate.py {folder} --prompt {shlex.quote(data_args.prompt or 'import ')}")
 
 
 if __name__ == "__main__":
