@@ -143,13 +143,18 @@ def prepare_data(data, config, args):
         blocks = blocks.shuffle(seed=args.seed, buffer_size=data.shuffle_buffer).repeat(None)
         return tokenizer, blocks, held_out[: data.eval_blocks], held_out[data.eval_blocks :]
     blocks = pack(corpus, tokenizer, block_size)
+    documents = f"{len(corpus['train']):,} documents to train on, {len(corpus['validation']):,} held out"
+    print(
+        f"{facts_of(data).get('dataset_name', 'own files')}: {documents}; {len(blocks['train']):,} blocks to train on"
+    )
     return tokenizer, blocks["train"], *choose(blocks["validation"], data.eval_blocks)
 
 
 def choose(blocks, count):
     """Some blocks, and `TUNING_BLOCKS` others, where there are as many."""
     blocks, count = blocks.shuffle(seed=0), min(count, len(blocks))
-    return blocks.select(range(count)), blocks.select(range(count, min(count + TUNING_BLOCKS, len(blocks))))
+    others = range(count, min(count + TUNING_BLOCKS, len(blocks)))
+    return blocks.select(range(count)), blocks.select(others) if others else []
 
 
 def facts_of(data):

