@@ -1,10 +1,9 @@
 """Corpora of the studies, as JSON lines of documents.
 
-    python -m research.studies.corpora code code.jsonl
     python -m research.studies.corpora mixed mixed.jsonl --folder DATA
     python -m research.studies.corpora prose prose.jsonl --folder DATA
 
-code: Python's standard library, a document for each of its files. mixed: five kinds of English in equal parts, where
+mixed: five kinds of English in equal parts, where
 latents have something to say, which kind a text is: plays, arithmetic problems with their solutions, news, abstracts of
 papers, and technical prose, a million characters of each, in documents of about 1,000 characters of one kind. prose:
 the last kind alone, all of it, in whole passages. Documents are shuffled.
@@ -15,7 +14,6 @@ specifications and handbooks beside novels, which are left out): see `texts` for
 
 import json
 import random
-import sysconfig
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -27,17 +25,6 @@ from ltm_hf.data.files import local_files
 
 CHARACTERS = 1_000_000  # of each kind
 DOCUMENT = 1_000  # characters, at least
-SOURCE_FILE = 2_000
-
-
-def code() -> Iterator[str]:
-    """Python's standard library: files of some length, in the order of their names."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if not {"site-packages", "lib2to3"} & set(path.relative_to(root).parts):
-            text = path.read_text(encoding="utf-8", errors="ignore")
-            if len(text) > SOURCE_FILE:
-                yield text
 
 
 def texts(folder: Path) -> dict[str, Iterator[str]]:
@@ -81,7 +68,6 @@ def documents(pieces: Iterator[str]) -> Iterator[str]:
 
 
 CORPORA = {
-    "code": lambda folder: {"code": code()},
     "mixed": lambda folder: {kind: documents(pieces) for kind, pieces in texts(folder).items()},
     "prose": lambda folder: {"prose": prose(folder, "train-*.parquet")},
 }
@@ -92,10 +78,8 @@ def main() -> None:
     parser = cli.Parser(description="A corpus of the studies, as JSON lines.")
     parser.add_argument("corpus", choices=CORPORA)
     parser.add_argument("output", type=cli.file, help="JSON lines to write")
-    parser.add_argument("--folder", type=Path, help="of the texts; code needs none")
+    parser.add_argument("--folder", type=Path, required=True, help="of the texts")
     options = parser.parse_args()
-    if (options.folder is None) != (options.corpus == "code"):
-        raise ValueError("--folder names the texts of mixed and prose; code needs none.")
     kinds = CORPORA[options.corpus](options.folder)
     rows = [{"text": document, "kind": kind} for kind, found in kinds.items() for document in found]
     random.Random(0).shuffle(rows)

@@ -25,7 +25,7 @@ from ltm_hf.training.objectives import objective_of, step_flops
 class Setting:
     """What all models of a comparison share.
 
-    corpus: arguments of `load_corpus`, `name_or_files` among them; none for presidents' messages.
+    corpus: arguments of `load_corpus`, `name_or_files` or `corpus` among them; none for Python's standard library.
     tokenizer: entries of a byte-level BPE that is trained on the corpus, or the name or folder of one.
     config: fields of `LTMConfig`: width, depth, window, and `max_position_embeddings`, which is the length of blocks.
     training: fields of `LTMTrainingArguments`, such as `max_steps`.

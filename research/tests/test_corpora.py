@@ -1,6 +1,5 @@
 import gzip
 import json
-from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,14 +59,8 @@ def test_a_kind_ends_at_its_million():
     assert sum(map(len, corpora.documents(iter(pieces)))) in range(corpora.CHARACTERS, corpora.CHARACTERS + 2000)
 
 
-def test_code_is_of_the_standard_library():
-    found = list(islice(corpora.code(), 5))
-    assert all(len(text) > 2000 for text in found) and any("def " in text for text in found)
-
-
 def test_bad_commands(refused, tmp_path):
     output = tmp_path / "out.jsonl"
-    assert "--folder names the texts" in refused("studies.corpora", "mixed", output)
-    assert "--folder names the texts" in refused("studies.corpora", "code", output, "--folder", tmp_path)
+    assert "the following arguments are required: --folder" in refused("studies.corpora", "mixed", output)
     assert "No files to read in" in refused("studies.corpora", "prose", output, "--folder", tmp_path)
     assert not output.exists()
