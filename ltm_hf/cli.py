@@ -136,7 +136,14 @@ def idle_in_training(args) -> tuple:
 
 def idle_without_latents(config) -> tuple:
     """The rules of `refuse_idle` for the options of training that say how a model thinks."""
-    steps = ("objective", "infer_from", "num_inference_steps", "num_inference_steps_min", "kl_annealing_steps")
+    steps = (
+        "objective",
+        "infer_from",
+        "learn_through_errors",
+        "num_inference_steps",
+        "num_inference_steps_min",
+        "kl_annealing_steps",
+    )
     rates = ("inference_learning_rate", "inference_learning_rate_end")
     return ((not config.num_latents, "with a model without latents", (*steps, *rates)),)
 

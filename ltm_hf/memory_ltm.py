@@ -16,6 +16,7 @@ square in a head, and a learned λ for each head (1 at first):
 A chunk's tokens read what was known at its start; those before them in the chunk are within the attention window. So
 the logits that give a token's loss give its error as well. Chunks are counted from a row's first real token, in
 training, inference and generation alike. Errors are constants of the slow step: the decoder is frozen where it infers.
+(`relive_through_errors` is for a comparison with a slow step that is not.)
 """
 
 import math
@@ -28,6 +29,7 @@ from torch.nn import functional as F
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from .configuration_ltm import LTMConfig
+from .grid_ltm import Grid, rows_of
 from .layers_ltm import LTMGate
 from .losses_ltm import IGNORED, HeadPass
 from .posterior_ltm import SAMPLE, LatentPosterior, keyed_normal, mixed
@@ -222,60 +224,6 @@ def token_noise(keys: torch.Tensor, length: int, mask: torch.Tensor | None, hidd
     return keyed_normal(of_tokens, (hidden_size,), seed, SAMPLE).view(len(keys), length, hidden_size)
 
 
-# ------------------------------------------------------------------ the grid of chunks
-
-
-class Grid:
-    """Where tokens stand on a row's grid of chunks, counted from its first real token.
-
-    mask: (B, S) bool, real tokens; None for all. offset: (B,), how many of the first chunk's places are taken already;
-    None for none. Without either, it is no more than a change of shape.
-    """
-
-    def __init__(self, shape: tuple[int, int], chunk: int, mask=None, offset=None):
-        (rows, self.length), self.chunk = shape, chunk
-        self.plain = mask is None and offset is None
-        taken = 0 if offset is None else chunk - 1  # at most
-        self.num_chunks = -(-(taken + self.length) // chunk)
-        self.offset, self.places = offset, self.num_chunks * chunk
-        if self.plain:
-            return
-        device = (mask if offset is None else offset).device
-        mask = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask
-        self.offset = torch.zeros(rows, dtype=torch.long, device=device) if offset is None else offset
-        place = self.offset[:, None] + mask.long().cumsum(dim=1) - 1
-        self.count = mask.sum(dim=1)
-        self.place = torch.where(mask, place, self.places)  # beyond the last: nowhere
-        self.token = torch.full((rows, self.places + 1), self.length, device=device)
-        self.token.scatter_(1, self.place, torch.arange(self.length, device=device).expand(rows, -1))
-
-    def chunks(self, states: torch.Tensor, fill=0) -> torch.Tensor:
-        """(B, S, …) to (B, K, C, …); places without a token get `fill`."""
-        if self.plain:
-            padding = [0, 0] * (states.ndim - 2) + [0, self.places - self.length]
-            return F.pad(states, padding, value=fill).unflatten(1, (-1, self.chunk))
-        padded = F.pad(states, [0, 0] * (states.ndim - 2) + [0, 1], value=fill)
-        return _rows_of(padded, self.token[:, :-1]).unflatten(1, (-1, self.chunk))
-
-    def tokens(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, K, C, …) back to (B, S, …)."""
-        states = states.flatten(1, 2)
-        return states[:, : self.length] if self.plain else _rows_of(states, self.place.clamp(max=self.places - 1))
-
-    def begins(self, number: int) -> torch.Tensor | bool:
-        """(B,), or for all: whether a row has a token in that chunk, and is at the chunk's start."""
-        if self.plain:
-            return True
-        present = self.offset + self.count > number * self.chunk
-        return present if number else present & (self.offset == 0)
-
-
-def _rows_of(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(B, M, …) from states (B, S, …) and places (B, M)."""
-    index = index.view(*index.shape, *[1] * (states.ndim - 2)).expand(-1, -1, *states.shape[2:])
-    return states.gather(1, index)
-
-
 # ------------------------------------------------------------------ reading a text
 
 
@@ -451,7 +399,7 @@ def _left_open(state, weights, residual, mask) -> MemoryState:
     read_some = mask.any(dim=1)
     after = MemoryState(
         state.mean, state.precision, state.moved, state.sharpened, state.count + mask.sum(dim=1),
-        _rows_of(weights.transpose(1, 2), index).transpose(1, 2), _rows_of(residual, index), read_some,
+        rows_of(weights.transpose(1, 2), index).transpose(1, 2), rows_of(residual, index), read_some,
     )  # fmt: skip
     return after.where(read_some, state)
 
@@ -474,6 +422,39 @@ def relive(
     noise = None if noise is None else reader.heads_apart(grid.chunks(noise.float()))
     read = read_of(reader, weights, before, noise)  # (B, K, H, C, d)
     return reader.add(hidden_states, grid.tokens(read.transpose(2, 3)).transpose(1, 2))
+
+
+def relive_through_errors(
+    reader: MemoryReader,
+    norm: nn.Module,
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    lesson: Lesson,
+    start: torch.Tensor,
+    noise: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The residual stream (B, S, D) of `think`, with a graph that goes through the errors as well.
+
+    By second derivatives, chunk after chunk, with the logits of all tokens: what the constants of `relive` leave out.
+    """
+    state = MemoryState.of(start, hidden_states.shape[-1])
+    grid = Grid(hidden_states.shape[:2], reader.chunk, lesson.mask)
+    weights = grid.chunks(reader.weights(hidden_states).transpose(1, 2)).transpose(2, 3)
+    hidden, wanted = grid.chunks(hidden_states), grid.chunks(lesson.targets, IGNORED)
+    writing = grid.chunks(lesson.writes)
+    noise = None if noise is None else reader.heads_apart(grid.chunks(noise.float()))
+    residuals = []
+    for number in range(grid.num_chunks):
+        state = state.committed() if number else state
+        read = read_of(reader, weights[:, number], state, None if noise is None else noise[:, number])
+        residuals.append(reader.add(hidden[:, number], read))
+        logits = head(norm(residuals[-1])).float().flatten(0, 1)
+        nats = F.cross_entropy(logits, wanted[:, number].flatten(), ignore_index=IGNORED, reduction="sum")
+        (errors,) = torch.autograd.grad(nats, read, create_graph=True)
+        moved, sharpened = reader.gains(weights[:, number], errors.float() * writing[:, number, None, :, None])
+        state = MemoryState(state.mean, state.precision, state.moved + moved, state.sharpened + sharpened,
+                            state.count, state.weights, state.residual, state.open)  # fmt: skip
+    return grid.tokens(torch.stack(residuals, dim=1))
 
 
 class _Moments(NamedTuple):

@@ -24,7 +24,7 @@ from .generation_ltm import LTMGenerationMixin
 from .inference_ltm import infer_posterior
 from .likelihood_ltm import elbo
 from .losses_ltm import IGNORED, HeadPass, KnownLoss, Scored, mean_loss, token_losses
-from .memory_ltm import Lesson, check_memory, relive, think
+from .memory_ltm import Lesson, check_memory, relive, relive_through_errors, think
 from .posterior_ltm import sample_prior
 from .sharded_ltm import gathered_once
 
@@ -145,6 +145,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         latent_state: torch.FloatTensor | None = None,
         latent_noise: torch.FloatTensor | None = None,
         latent_writes: torch.BoolTensor | None = None,
+        latent_errors_learn: bool = False,
         state: DecoderState | None = None,
         until_latents: bool = False,
         **kwargs,
@@ -160,6 +161,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             those before it have left there, and a cache keeps the memory for the call that continues it.
         latent_noise: (B, S, D), standard normal; each token then reads a sample of its posterior, else the mean.
         latent_writes: (B, S), the tokens that a memory learns from; default all.
+        latent_errors_learn: let the gradient go through the errors, too (see `relive_through_errors`).
         Everything else, and what is raised: as in `LTMModel.forward`. kwargs are of the loss function too.
         """
         asked = LossAsked.of(self.loss_function, labels, loss_reduction, kwargs)
@@ -178,7 +180,9 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             lesson = Lesson.of(input_ids, attention_mask, asked.targets, latent_writes)
             asked = asked.among(lesson.scored)
             given = (memory, lesson, latent_noise, getattr(outputs, CACHE), asked.num_items, asked.directly)
-            hidden_states, loss = self._remember(hidden_states, *given)
+            through = latent_errors_learn and torch.is_grad_enabled()
+            remember = self._learn_through_errors if through else self._remember
+            hidden_states, loss = remember(hidden_states, *given)
         if loss is None:
             loss, logits = self._score(hidden_states, asked, state and state.scored, logits_to_keep)
         elif asked.reduction == "none" and asked.shifts:
@@ -214,6 +218,12 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
             of_loss = dict(labels=asked.labels, vocab_size=self.config.vocab_size, **shifted, **asked.options)
             loss = self.loss_function(logits=logits, **of_loss)
         return loss, logits if asked.reduction is None else None
+
+    @torch.compiler.disable
+    def _learn_through_errors(self, hidden_states, memory, lesson: Lesson, noise, *others):
+        """As `_remember`, with a graph through the errors. The loss is yet to be taken; no cache gets the memory."""
+        parts = (self.model.reader, self.model.norm, self.lm_head)
+        return self.model.norm(relive_through_errors(*parts, hidden_states, lesson, memory, noise)), None
 
     @contextmanager
     def _reader_to_head(self, hidden_states):

@@ -20,6 +20,7 @@ FILES = [
     "decoder_ltm.py",
     "encoder_ltm.py",
     "generation_ltm.py",
+    "grid_ltm.py",
     "inference_ltm.py",
     "layers_ltm.py",
     "likelihood_ltm.py",

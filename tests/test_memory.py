@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ltm_hf.losses_ltm import IGNORED, HeadPass
-from ltm_hf.memory_ltm import Lesson, prior_state, relive, state_of, think
+from ltm_hf.memory_ltm import Lesson, prior_state, relive, relive_through_errors, state_of, think
 
 CHUNKS = pytest.mark.parametrize("chunk", [1, 3, 8])
 LENGTH = 11  # a multiple of none but 1
@@ -50,8 +50,11 @@ class Naive:
     def nats(self, residual, target):
         return -(self.head @ self.normed(residual, self.norm)).log_softmax(dim=-1)[target]
 
-    def __call__(self, hidden, targets, writes=None, noise=None, start=None):
-        """hidden (S, D); targets, writes (S,), of the token after each, -100 for none; noise (S, H, d)."""
+    def __call__(self, hidden, targets, writes=None, noise=None, start=None, through=False):
+        """hidden (S, D); targets, writes (S,), of the token after each, -100 for none; noise (S, H, d).
+
+        through: errors are part of the graph, and not constants.
+        """
         heads, latents, length = *self.shape[:2], len(hidden)
         sigma, factor, kappa = self.log_read.exp()[:, None], self.log_precision.exp()[:, None], self.kl_weight
         mean, precision = torch.zeros(self.shape).double(), torch.ones(heads, latents).double()
@@ -72,8 +75,11 @@ class Naive:
             residuals.append(self.residual(hidden[t], read))
             nats.append(self.nats(residuals[-1], targets[t]) if targets[t] >= 0 else residuals[-1].new_zeros(()))
             if targets[t] >= 0 and (writes is None or writes[t]):
-                at = read.detach().requires_grad_()
-                (error,) = torch.autograd.grad(self.nats(self.residual(hidden[t].detach(), at), targets[t]), at)
+                if through:
+                    (error,) = torch.autograd.grad(nats[-1], read, create_graph=True)
+                else:
+                    at = read.detach().requires_grad_()
+                    (error,) = torch.autograd.grad(self.nats(self.residual(hidden[t].detach(), at), targets[t]), at)
                 moved = moved - sigma[..., None] / kappa * a[..., None] * error[:, None]
                 squared = error.square().mean(dim=-1, keepdim=True)
                 sharpened = sharpened + factor * sigma**2 / kappa * a.square() * squared
@@ -257,6 +263,32 @@ def test_gradients_are_those_of_the_definition_with_errors_as_constants(make_mem
         else:
             scale = naive.doubles[name].grad.abs().max()
             close(parameter.grad / scale, naive.doubles[name].grad / scale)
+
+
+@CHUNKS
+@pytest.mark.parametrize("noisy", [False, True], ids=["mean", "sample"])
+def test_gradients_through_the_errors(make_memory, texts, make_noise, chunk, noisy):
+    """Those of the definition, where nothing is a constant; padding changes nothing of them."""
+    model, (hidden, ids) = make_memory(chunk, tie_word_embeddings=False), texts
+    noise, direction = make_noise(3, LENGTH, 32, seed=1) if noisy else None, make_noise(3, LENGTH, 32, seed=2)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = mask[2, -3:] = 0
+    expected, naive = read_text(model, hidden, ids, mask, noise=noise).residual, Naive(model)
+    learned, parts = hidden.clone().requires_grad_(), (model.model.reader, model.model.norm, model.lm_head)
+    lesson, start = Lesson.of(ids, mask), prior_state(model.config, 3)
+    residual = relive_through_errors(*parts, learned, lesson, start, noise)
+    real = mask.bool()
+    close(residual[real], expected[real])
+    (residual * direction)[real].sum().backward()
+    doubles = hidden.double().requires_grad_()
+    for row in range(3):
+        given = dict(noise=by_heads(noise[row][real[row]]).double()) if noisy else {}
+        found = naive(doubles[row][real[row]], shifted(ids[row][real[row]]), through=True, **given)
+        (found.residual * direction[row][real[row]]).sum().backward()
+    close(learned.grad[real], doubles.grad[real], 1e-3)
+    for name, parameter in naive.parameters.items():
+        scale = naive.doubles[name].grad.abs().max()
+        close(parameter.grad / scale, naive.doubles[name].grad / scale, 1e-3)
 
 
 def test_gradients_of_a_piece_are_those_of_its_tokens_in_the_whole(make_memory, texts, make_noise):

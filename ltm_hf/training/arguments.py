@@ -74,6 +74,14 @@ class DualRateArguments:
             "choices": (*OBJECTIVES, None),
         },
     )
+    learn_through_errors: bool = field(
+        default=False,
+        metadata={
+            "help": "Of a memory: let the slow step's gradient go through the errors by which it infers, too, by "
+            "second derivatives, with all logits and more time; one process or DDP. Default: they are constants, the "
+            "decoder frozen where it infers."
+        },
+    )
     infer_from: str | None = field(
         default=None,
         metadata={

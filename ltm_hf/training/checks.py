@@ -41,6 +41,8 @@ def check_options(trainer) -> None:
             f"inference_method={config.inference_method!r} trains its encoder outside the forward pass that FSDP and "
             "DeepSpeed know: use one process or DDP."
         )
+    if args.learn_through_errors and _is_sharded(trainer):
+        raise ValueError("learn_through_errors takes second derivatives, which FSDP and DeepSpeed do not: use DDP.")
 
 
 def _is_sharded(trainer) -> bool:

@@ -150,6 +150,8 @@ class Elbo(Objective):
                 f"objective={args.objective!r} fits latents to a whole text, and a memory learns as it reads: take "
                 "objective='prediction', or a model with latent_reader='paper'."
             )
+        if args.learn_through_errors:
+            raise ValueError("learn_through_errors is of a memory, which infers by errors within the slow step.")
         if method_of(InferenceSettings.of(config)).takes_steps:
             if args.kl_annealing_steps:
                 raise ValueError("kl_annealing_steps is for inference_method='amortized'.")
@@ -283,7 +285,8 @@ class Prediction(Objective):
 
     def step(self, decoder, text, seed, now):
         noise = token_noise(text.keys, text.input_ids.shape[1], text.mask, self.config.hidden_size, seed)
-        return Thoughts([self._start(text) | {"latent_noise": noise}])
+        through = {"latent_errors_learn": True} if self.args.learn_through_errors else {}
+        return Thoughts([self._start(text) | {"latent_noise": noise} | through])
 
     def _start(self, text: Text) -> dict:
         state = prior_state(self.config, len(text.input_ids), text.input_ids.device)
@@ -301,8 +304,12 @@ class Prediction(Objective):
         }
         return Scores(rows, given)
 
+    def facts(self):
+        through = self.args.learn_through_errors
+        return {"gradient": "through the errors of inference, too; its FLOPs are not counted"} if through else {}
+
     def measured(self, text, given):
-        return {name: value for name, value in given.items() if name != "latent_noise"}
+        return {name: value for name, value in given.items() if name not in ("latent_noise", "latent_errors_learn")}
 
     def flops(self, cost, num_steps):
         return cost.step(0)

@@ -149,7 +149,7 @@ class DualRateMixin(EvaluationMixin, DivergenceMixin, DataOrderMixin):
                 loss += super().training_step(model, {**inputs, **given}, num_items_in_batch)
         self._extra = None
         _without_noise(decoder)
-        self._last_batch = text, {name: x if x is None else x.detach() for name, x in given.items()}
+        self._last_batch = text, {name: x.detach() if torch.is_tensor(x) else x for name, x in given.items()}
         return loss if num_items_in_batch is not None else loss / len(thoughts.passes)
 
     def _think(self, decoder, text: Text) -> Thoughts:

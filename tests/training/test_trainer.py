@@ -102,6 +102,35 @@ def test_objectives_against_their_definition(make_trainer, objective):
     assert math.isfinite(loss.item())
 
 
+def test_learning_through_the_errors(make_trainer):
+    """It is `latent_errors_learn` of a forward pass, and another gradient than with errors as constants."""
+    blocks, gradients = make_blocks(4), {}
+    input_ids = torch.tensor(blocks["input_ids"])
+    for through in (True, False):
+        model = make_model("memory")
+        torch.nn.init.zeros_(model.model.reader.scales.log_read)
+        trainer = make_trainer(model, blocks, learn_through_errors=through)
+        (given,) = learned_with("prediction", model, input_ids, trainer._seed(1))
+        model(input_ids, **given, labels=input_ids, latent_errors_learn=through).loss.backward()
+        expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        inputs = {"input_ids": input_ids, "labels": input_ids}
+        trainer.training_step(model, inputs, num_items_in_batch=torch.tensor(4 * (BLOCK - 1)))
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+        gradients[through] = expected
+    name = "model.reader.q_proj.weight"
+    assert (gradients[True][name] - gradients[False][name]).norm() > 0.01 * gradients[False][name].norm()
+
+
+def test_only_a_memory_of_whole_weights_learns_through_errors(make_trainer, monkeypatch):
+    with pytest.raises(ValueError, match="learn_through_errors is of a memory"):
+        make_trainer(make_model("paper"), make_blocks(4), learn_through_errors=True)
+    monkeypatch.setattr("ltm_hf.training.checks._is_sharded", lambda trainer: True)
+    with pytest.raises(ValueError, match="learn_through_errors takes second derivatives"):
+        make_trainer(make_model("memory"), make_blocks(4), learn_through_errors=True)
+
+
 def test_logs(make_trainer):
     trainer = make_trainer(make_model(), make_blocks(16))
     trainer.train()
