@@ -28,14 +28,14 @@ from ltm_hf.training.objectives import objective_of, step_flops
 # What a preset is trained with unless the command line says otherwise; beyond these, the arguments' defaults hold.
 PAPER = dict(tokenizer="gpt2", save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000)
 TINY = dict(
-    max_steps=500,
-    per_device_train_batch_size=8,
+    max_steps=1500,
+    per_device_train_batch_size=4,
     per_device_eval_batch_size=32,
-    learning_rate=2e-3,
+    learning_rate=3e-3,
     warmup_steps=50,
-    logging_steps=25,
+    logging_steps=50,
     eval_strategy="steps",
-    eval_steps=125,
+    eval_steps=500,
     save_strategy="no",
 )
 RECIPES = {
@@ -88,7 +88,7 @@ class DataArguments:
         default=None, metadata={"help": "Name or folder of a tokenizer; paper's presets: gpt2."}
     )
     train_tokenizer: int | None = field(
-        default=None, metadata={"help": "Train a byte-level BPE of so many entries instead; ltm-tiny: 2048."}
+        default=None, metadata={"help": "Train a byte-level BPE of so many entries instead; ltm-tiny: 512."}
     )
     block_size: int | None = field(default=None, metadata={"help": "Tokens of a block; default: the model's most."})
     eval_blocks: int = field(default=128, metadata={"help": "Validation blocks for each figure."})

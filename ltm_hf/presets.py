@@ -18,10 +18,10 @@ _SMALL = dict(
 )
 
 _TINY = dict(
-    vocab_size=2048,
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=3,
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=2,
     num_attention_heads=4,
     max_position_embeddings=256,
     sliding_window=16,
