@@ -20,13 +20,20 @@ from transformers import set_seed
 
 from ltm_hf import LTMForCausalLM, cli, preset_config
 from ltm_hf.data import CORPORA, load_corpus, load_prepared, load_tokenizer, pack, train_tokenizer
-from ltm_hf.evaluation import evaluate_likelihood, markdown_table
+from ltm_hf.evaluation import markdown_table, score_blocks
 from ltm_hf.evaluation.beside_twin import beside_twin, most_helped
 from ltm_hf.training import LTMTrainer, LTMTrainingArguments, check_run, plot_curves
 from ltm_hf.training.objectives import objective_of, step_flops
 
 # What a preset is trained with unless the command line says otherwise; beyond these, the arguments' defaults hold.
-PAPER = dict(tokenizer="gpt2", save_strategy="steps", save_steps=1000, eval_strategy="steps", eval_steps=1000)
+PAPER = dict(
+    baseline=False,
+    tokenizer="gpt2",
+    save_strategy="steps",
+    save_steps=1000,
+    eval_strategy="steps",
+    eval_steps=1000,
+)
 TINY = dict(
     max_steps=1500,
     per_device_train_batch_size=4,
@@ -56,7 +63,10 @@ class ModelArguments:
     config_overrides: str = field(
         default="{}", metadata={"help": 'Fields of LTMConfig as JSON, for example {"sliding_window": 64}.'}
     )
-    baseline: bool = field(default=True, metadata={"help": "Also train the autoregressive twin (num_latents=0)."})
+    baseline: bool = field(
+        default=True,
+        metadata={"help": "Also train the autoregressive twin (num_latents=0); default: with the tiny presets."},
+    )
 
 
 @dataclass
@@ -94,7 +104,7 @@ class DataArguments:
     eval_blocks: int = field(default=128, metadata={"help": "Validation blocks for each figure."})
     prompt: str | None = field(
         default=None,
-        metadata={"help": "Text to complete at the end; default: of a held-out block, where thinking saves most."},
+        metadata={"help": "Text to complete at the end; default: of a held-out block, where a memory saves most."},
     )
 
     def __post_init__(self):
@@ -168,7 +178,7 @@ def facts_of(data):
 
 
 def train(config, args, tokenizer, train_blocks, eval_blocks, card_facts):
-    """The trainer after training, and the likelihood before and after."""
+    """The trainer after training, and the scores of its model before and after."""
     set_seed(args.seed)
     model = LTMForCausalLM(config).to(args.device)  # FSDP2 and DeepSpeed would leave it on the CPU until they train
     flops = step_flops(config, args, config.max_position_embeddings)
@@ -182,10 +192,10 @@ def train(config, args, tokenizer, train_blocks, eval_blocks, card_facts):
         processing_class=tokenizer,
         card_facts=card_facts,  # and the license, whoever publishes the weights
     )
-    before = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
+    before = score_blocks(model, eval_blocks, args.per_device_eval_batch_size)
     trainer.train(args.resume_from_checkpoint)
     trainer.save_model()  # before anything else can end the run
-    after = evaluate_likelihood(model, eval_blocks, args.per_device_eval_batch_size)
+    after = score_blocks(model, eval_blocks, args.per_device_eval_batch_size)
     return trainer, before, after
 
 
@@ -204,7 +214,7 @@ def check_prompt(data, tokenizer, config):
 
 
 def complete(model, tokenizer, prompt, blocks):
-    """A text's end, and what the model writes after it: as it thinks, and without thinking."""
+    """A text, and what the model writes after it: as it thinks, and without thinking, if it thinks at all."""
     if prompt is None:
         ids = torch.tensor([most_helped(model, blocks)], device=model.device)
     else:
@@ -212,8 +222,12 @@ def complete(model, tokenizer, prompt, blocks):
     length = ids.shape[1]
     settings = dict(max_new_tokens=min(32, model.config.max_position_embeddings - length), do_sample=False)
     settings["pad_token_id"] = tokenizer.pad_token_id
-    thought, plain = (model.generate(ids, num_inference_steps=steps, **settings)[0, length:] for steps in (None, 0))
-    return [tokenizer.decode(text, skip_special_tokens=True) for text in (ids[0], thought, plain)]
+    ways = {"Goes on": {}}
+    if model.config.num_latents:
+        ways = {"Goes on, thinking": {}, "Without thinking": {"num_inference_steps": 0}}
+    texts = {"A held-out text" if prompt is None else "Prompt": ids[0]}
+    texts |= {name: model.generate(ids, **settings, **way)[0, length:] for name, way in ways.items()}
+    return "\n\n".join(f"{name}:\n{tokenizer.decode(x, skip_special_tokens=True)}" for name, x in texts.items())
 
 
 def parse():
@@ -243,7 +257,9 @@ def parse():
         (data.train_tokenizer, "with --train_tokenizer", ("tokenizer",)),
         *cli.idle_in_training(args),
         *cli.idle_without_latents(preset_config(preset, **overrides)),
+        (not preset_config(preset, **overrides).num_latents, "with a model without latents", ("baseline",)),
     )
+    model.baseline = model.baseline and preset_config(preset, **overrides).num_latents > 0
     if data.streaming and args.max_steps < 0:
         raise ValueError("--streaming needs --max_steps: a stream does not say where it ends.")
     return model, data, args, overrides
@@ -297,33 +313,36 @@ def main():
 
     data = (tokenizer, train_blocks, eval_blocks, facts_of(data_args))
     trainer, before, after = train(preset_config(preset, **overrides), args, *data)
-    figures = {"likelihood": after, "num_inference_steps": trainer.model.config.num_inference_steps}
+    figures = {"likelihood": after.likelihood(), "num_inference_steps": trainer.model.config.num_inference_steps}
     if args.push_to_hub:
         trainer.push_to_hub(**figures)  # saves first
     else:
         trainer.create_model_card(**figures)
-    columns = {"before training": before, "after training": after}
+    columns = {"before training": before.likelihood(), "after training": after.likelihood()}
     histories = {preset: trainer.state.log_history}
     twin = None
     if model_args.baseline:
         twin_config = preset_config(preset, **overrides | {"num_latents": 0})
-        twin, _, columns["autoregressive twin"] = train(twin_config, of_twin(args), *data)
+        twin, _, of_the_twin = train(twin_config, of_twin(args), *data)
+        columns["autoregressive twin"] = of_the_twin.likelihood()
         twin.create_model_card(likelihood=columns["autoregressive twin"])
         histories["autoregressive twin"] = twin.state.log_history
 
     # On all processes, which may hold a part each.
-    prompt, thought, plain = complete(trainer.model, tokenizer, data_args.prompt, eval_blocks)
+    texts = complete(trainer.model, tokenizer, data_args.prompt, eval_blocks)
     if twin is not None and len(others):
-        table = beside_twin(trainer.model, twin.model, eval_blocks, others, args.per_device_eval_batch_size)
+        scores = (after, of_the_twin, eval_blocks, others)
+        table = beside_twin(trainer.model, twin.model, *scores, args.per_device_eval_batch_size)
     else:
         table = markdown_table(columns)
     if trainer.is_world_process_zero():
         folder = Path(args.output_dir)
         plot_curves(histories, folder / "curves.png")
-        print(f"\nValidation, {after.num_blocks} blocks, {after.num_tokens:,} tokens:\n\n{table}")
-        print(f"\nA held-out text:\n{prompt}\n\nGoes on, thinking:\n{thought}\n\nWithout thinking:\n{plain}")
+        scored = columns["after training"]
+        print(f"\nValidation, {scored.num_blocks} blocks, {scored.num_tokens:,} tokens:\n\n{table}\n\n{texts}")
         print(f"\nModel, tokenizer, code, model card and curves.png are in {folder}. Try it:")
-        print(f"python examples/generate.py {folder} --prompt {shlex.quote(data_args.prompt or 'import ')}")
+        prompt = "" if data_args.prompt is None else f" --prompt {shlex.quote(data_args.prompt)}"
+        print(f"python examples/generate.py {folder}{prompt}")
 
 
 if __name__ == "__main__":

@@ -167,7 +167,7 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         asked = LossAsked.of(self.loss_function, labels, loss_reduction, kwargs)
         cache = the_cache(cache, past_key_values)
         of_memory = dict(latent_state=latent_state, latent_noise=latent_noise, latent_writes=latent_writes)
-        memory = self._memory_before(cache, input_ids, latents, **of_memory)
+        memory = self._memory_before(cache, input_ids, latents, latent_errors_learn, **of_memory)
         text = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids, state=state)
         thoughts = dict(latents=latents, latent_key_values=latent_key_values, until_latents=until_latents)
         kwargs |= dict(attention_mask=attention_mask, past_key_values=cache, use_cache=use_cache)
@@ -192,12 +192,14 @@ class LTMForCausalLM(LTMPreTrainedModel, LTMGenerationMixin):
         read = None if latents is None else latents.detach()
         return LTMCausalLMOutputWithPast(loss=loss, logits=logits, latents=read, **passed_on)
 
-    def _memory_before(self, cache, input_ids, latents, latent_state, **given):
+    def _memory_before(self, cache, input_ids, latents, errors_learn: bool, latent_state, **given):
         """Where a memory starts: in the cache, or as a call says; None without one."""
         memory = latent_state
         if self.config.has_memory and not is_paged(cache):
             memory = kept_latents(cache).get("memory", latent_state)
         check_memory(self.config, memory, input_ids, latents, latent_state=latent_state, **given)
+        if errors_learn and not torch.is_tensor(memory):
+            raise ValueError("latent_errors_learn needs a memory that starts at a latent_state, not in a cache.")
         return memory
 
     def _score(

@@ -250,6 +250,15 @@ def test_bfloat16(make_model, text, how):
 # ------------------------------------------------------------------ refusals of forward
 
 
+def test_errors_that_learn_need_a_memory_that_starts_in_the_call(make_model, ids):
+    """Neither the paper's reader, nor a memory that a cache has begun, would learn by them."""
+    model = make_model()
+    cache = model(ids, latent_state=prior_state(model.config, len(ids)), use_cache=True).past_key_values
+    for one, given in ((make_model(latent_reader="paper"), {}), (model, {}), (model, dict(past_key_values=cache))):
+        with pytest.raises(ValueError, match="latent_errors_learn needs a memory that starts at a latent_state"):
+            one(ids, labels=ids, latent_errors_learn=True, **given)
+
+
 def test_what_goes_with_a_memory_is_refused_without_one(model, make_model, ids):
     start, paper = prior_state(model.config, 3), make_model(latent_reader="paper")
     for name, value in (("latent_noise", torch.zeros(3, 12, 32)), ("latent_writes", torch.ones(3, 12).bool())):

